@@ -1,0 +1,78 @@
+"""The `unimed-jax` command: finds the verb, runs it, and turns refusals into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from unimed_jax import __version__
+from unimed_jax.errors import UnimedError, UsageError, did_you_mean
+
+# verb: (one line of help, module with `run(argv) -> int | None`)
+VERBS = {
+    "quickstart": ("embedded default: build data, train, evaluate, report", "unimed_jax.cli.quickstart"),
+    "train": ("train from a config; the same command again resumes", "unimed_jax.cli.train"),
+    "eval": ("zero-shot evaluation of a model on records", "unimed_jax.cli.eval"),
+    "predict": ("score image files against labels, to CSV", "unimed_jax.cli.predict"),
+    "data": ("build, check, stats, show", "unimed_jax.cli.data"),
+    "models": ("list and show named models", "unimed_jax.cli.models"),
+    "report": ("one HTML page of a run or results folder", "unimed_jax.cli.report"),
+    "doctor": ("versions, devices, extras, caches", "unimed_jax.cli.doctor"),
+}
+
+
+def usage() -> str:
+    """The text of `unimed-jax --help`."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, (text, _) in VERBS.items()]
+    return "\n".join(
+        [
+            f"unimed-jax {__version__}: UniMed-CLIP in JAX. Research use only, not a medical device.",
+            "",
+            "usage: unimed-jax VERB [options]      (unimed-jax VERB --help for its options)",
+            "",
+            *lines,
+            "",
+            "  --debug   show the traceback of a refusal",
+            "",
+            "exit codes: 0 ok, 2 usage, 3 data or verification failed, 4 some inputs failed (listed), 70 fault,",
+            "            71 stalled, 75 pre-empted after saving (run the same command again)",
+        ]
+    )
+
+
+def dispatch(argv: list[str]) -> int:
+    """Runs one verb and returns its exit code; refusals propagate as UnimedError."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("--version", "-V"):
+        print(__version__)
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        raise UsageError(f"no verb {verb!r}.{did_you_mean(verb, VERBS)}", "unimed-jax --help lists them")
+    return importlib.import_module(VERBS[verb][1]).run(rest) or 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script; always ends in `sys.exit`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    if debug:
+        argv.remove("--debug")
+    try:
+        code = dispatch(argv)
+        sys.stdout.flush()
+    except UnimedError as e:
+        if debug:
+            raise
+        print(f"unimed-jax: {e.line()}", file=sys.stderr)
+        code = e.exit_code
+    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+        sys.stderr.close()
+        code = 0
+    except KeyboardInterrupt:
+        print("unimed-jax: interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,419 @@
+"""Every setting of an experiment, as slotted dataclasses. Standard library only.
+
+A config file (`configs/*.py`) has `get_config(arg="")` and returns a `Train`. Overrides come from the command
+line (`--config.optim.lr=1e-3`). `validate` refuses impossible settings; `to_dict`/`from_dict` give the JSON form
+that run folders, checkpoints and model folders hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from unimed_jax.errors import UsageError, did_you_mean
+
+MODALITIES = ("X-ray", "CT", "MRI", "Ultrasound", "Histopathology", "Fundus")
+CAPTION_KINDS = ("original", "report", "template", "llm")
+
+
+@dataclass(kw_only=True, slots=True)
+class Duration:
+    """A length of training, given once: as steps, epochs or examples (0 = not given).
+
+    Example:
+        >>> Duration(epochs=2).steps_for(batch_size=8, epoch_examples=100)
+        25
+    """
+
+    steps: int = 0
+    epochs: float = 0.0
+    examples: int = 0
+
+    def given(self) -> bool:
+        """Whether any of the three spellings is set."""
+        return bool(self.steps or self.epochs or self.examples)
+
+    def steps_for(self, *, batch_size: int, epoch_examples: int) -> int:
+        """Resolves to whole steps (rounded up); 0 when nothing is given."""
+        if self.steps:
+            return self.steps
+        return math.ceil((self.examples or self.epochs * epoch_examples) / batch_size)
+
+
+@dataclass(kw_only=True, slots=True)
+class Vision:
+    """A vision transformer. Defaults are CLIP's ViT-B/16 (REFERENCE: OpenAI CLIP, MetaCLIP, UniMed-CLIP)."""
+
+    image_size: int = 224  # pixels
+    patch_size: int = 16  # pixels
+    width: int = 768
+    depth: int = 12  # blocks
+    heads: int = 12
+    mlp_dim: int = 3072
+    act: str = "quick_gelu"  # quick_gelu | gelu (exact, erf)
+    ln_pre: bool = True
+    ln_eps: float = 1e-5
+    patch_bias: bool = False
+    pool: str = "cls"  # cls | mean (over patches)
+    proj: str = "linear"  # none | linear | mlp; never with biases
+    normalize: str = "openai"  # name of a (mean, std) pair in data/images.py
+
+
+@dataclass(kw_only=True, slots=True)
+class Text:
+    """A text transformer. Defaults are BERT-base with UniMed-CLIP's MLP head."""
+
+    kind: str = "bert"  # bert (post-norm, bidirectional) | clip (pre-norm, causal)
+    vocab_size: int = 30522
+    context_length: int = 256  # tokens, [CLS] and [SEP] included
+    max_positions: int = 512  # rows of the position table; for clip equal to context_length
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_dim: int = 3072
+    act: str = "gelu"
+    ln_eps: float = 1e-12
+    dropout: float = 0.1  # hidden and attention dropout, training only
+    pad_id: int = 0
+    eot_id: int = -1  # clip: the token pooled; -1 = position of the largest id, as OpenAI's model does
+    pool: str = "cls"  # cls | eot | mean (over real tokens)
+    proj: str = "mlp"  # none | linear | mlp; never with biases
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    """The dual encoder and how it is computed."""
+
+    name: str = "unimed-clip-vit-b16"
+    embed_dim: int = 512
+    vision: Vision = field(default_factory=Vision)
+    text: Text = field(default_factory=Text)
+    init_logit_scale: float = math.log(1 / 0.07)
+    logit_bias: bool = False  # SigLIP's learned bias; needs loss.kind = sigmoid
+    init_logit_bias: float = -10.0
+    dtype: str = "bfloat16"  # compute; parameters are float32
+    remat: str = "none"  # none | dots | full
+    unroll: int = 1  # blocks per iteration of the layer scan
+    cls_only_last: bool = True  # the last block computes only the pooled token (exact)
+    # Text at its true length: (width, share of the batch) pairs, shares add up to 1. Captions are sorted by length
+    # and each share is encoded at its own width; a batch that does not fit is encoded whole. Exact. Empty = off.
+    text_groups: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(kw_only=True, slots=True)
+class Source:
+    """One part of the training mixture."""
+
+    name: str = ""
+    path: str = ""  # folder under data.root; default: the name
+    weight: float = 1.0  # relative draw frequency; see data.mixture
+    captions: str = ""  # caption policy (data/captions.py); default: by source name
+
+
+@dataclass(kw_only=True, slots=True)
+class Data:
+    """Where the records are and how a batch is made of them."""
+
+    root: str = ""
+    sources: tuple[Source, ...] = ()  # empty = every source under root
+    split: str = "train"
+    tokenizer: str = ""  # tokenizer.json, vocab.txt or a folder with one; default: <root>/tokenizer.json
+    mixture: str = "size"  # size (weight x records) | weight (weights as they are)
+    crop_scale: tuple[float, float] = (0.9, 1.0)  # area share of RandomResizedCrop
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: bool = False  # the reference has none: left and right matter in medicine
+    color_jitter: float = 0.0  # brightness and contrast strength; 0 = off, as the reference
+    workers: int = 0  # reader processes; 0 = threads in this process
+    threads: int = 4  # reader threads a process
+    prefetch: int = 2  # batches kept ready on the device
+
+
+@dataclass(kw_only=True, slots=True)
+class Loss:
+    """The contrastive loss over the global batch."""
+
+    kind: str = "clip"  # clip (InfoNCE) | sigmoid (SigLIP)
+    impl: str = "ring"  # ring (tiles, constant memory) | gathered
+    tile: int = 2048  # columns a tile
+    dedup: str = "off"  # off (reference) | mask: equal captions are no negatives
+
+
+@dataclass(kw_only=True, slots=True)
+class Optim:
+    """AdamW as in the reference: betas 0.9/0.98, eps 1e-6, decay 0.2, warm-up then cosine to zero."""
+
+    lr: float = 5e-4
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup: Duration = field(default_factory=lambda: Duration(steps=2000))
+    clip_norm: float = 0.0  # global gradient norm; 0 = off, as the reference
+    max_logit_scale: float = math.log(100.0)
+    layer_decay: float = 1.0  # learning-rate factor per block counted from the top; 1 = off
+    freeze: tuple[str, ...] = ()  # regexes on parameter paths, e.g. "vision/(?!proj).*" (LiT)
+    lr_multipliers: tuple[tuple[str, float], ...] = ()  # (regex on path, factor); the first match wins
+    accum_steps: int = 1  # micro-batches a step; contrastive-exact
+    ema_decay: float = 0.0  # 0 = off
+
+
+@dataclass(kw_only=True, slots=True)
+class Mesh:
+    """Devices: `data` replicates the model, `fsdp` shards it; -1 = all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class Eval:
+    """Zero-shot evaluation inside training."""
+
+    every: Duration = field(default_factory=Duration)  # not given = only at the end, when tasks are named
+    tasks: tuple[str, ...] = ()  # task names (evaluate/prompts/*.json) or JSON files
+    root: str = ""  # record folder of the evaluation split; default: data.root
+    split: str = "test"
+    batch_size: int = 64
+    bootstrap: int = 1000  # resamples for the intervals
+
+
+@dataclass(kw_only=True, slots=True)
+class Checkpoint:
+    """Saved states in the run folder."""
+
+    every: Duration = field(default_factory=lambda: Duration(steps=1000))
+    keep: int = 3  # newest states kept; at least 2
+
+
+@dataclass(kw_only=True, slots=True)
+class Init:
+    """Where the parameters start from; empty = at random. Files are native safetensors (docs/architecture.md)."""
+
+    vision: str = ""
+    text: str = ""
+    model: str = ""  # a model folder; both towers and the logit scale
+
+
+@dataclass(kw_only=True, slots=True)
+class Train:
+    """One experiment."""
+
+    name: str = "unimed"
+    seed: int = 0
+    batch_size: int = 2048  # global batch, over all devices and hosts
+    duration: Duration = field(default_factory=lambda: Duration(epochs=10))
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    mesh: Mesh = field(default_factory=Mesh)
+    eval: Eval = field(default_factory=Eval)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    init: Init = field(default_factory=Init)
+    log_every: int = 100  # steps
+    max_bad_steps: int = 3  # non-finite steps in a row before the run stops
+    writers: tuple[str, ...] = ("jsonl", "tensorboard")
+    watchdog_s: float = 600.0  # seconds without progress before the run is called stalled; 0 = off
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.vision.act": ("quick_gelu", "gelu"),
+    "model.vision.pool": ("cls", "mean"),
+    "model.vision.proj": ("none", "linear", "mlp"),
+    "model.text.kind": ("bert", "clip"),
+    "model.text.act": ("quick_gelu", "gelu"),
+    "model.text.pool": ("cls", "eot", "mean"),
+    "model.text.proj": ("none", "linear", "mlp"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "data.mixture": ("size", "weight"),
+    "loss.kind": ("clip", "sigmoid"),
+    "loss.impl": ("ring", "gathered"),
+    "loss.dedup": ("off", "mask"),
+}
+
+
+def get_path(config: Any, path: str) -> Any:
+    """Returns the value at a dotted path, e.g. `get_path(train, "optim.lr")`."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _require(ok: bool, cause: str, remedy: str = "") -> None:
+    if not ok:
+        raise UsageError(f"config: {cause}", remedy)
+
+
+def validate_model(m: Model) -> Model:
+    """Refuses an impossible architecture.
+
+    Raises:
+        UsageError: naming the field, its value and what would be accepted.
+    """
+    for path, allowed in _CHOICES.items():
+        if path.startswith("model."):
+            value = get_path(m, path.removeprefix("model."))
+            _require(value in allowed, f"{path} is {value!r}", f"one of {', '.join(allowed)}")
+    v, t = m.vision, m.text
+    for name, tower in (("vision", v), ("text", t)):
+        _require(tower.width > 0 and tower.depth > 0 and tower.heads > 0, f"model.{name} has a size of zero")
+        _require(
+            tower.width % tower.heads == 0,
+            f"model.{name}.width {tower.width} does not divide into {tower.heads} heads",
+        )
+        _require(
+            tower.proj != "none" or tower.width == m.embed_dim,
+            f"model.{name}.proj is none but its width {tower.width} is not model.embed_dim {m.embed_dim}",
+            f'set model.{name}.proj="linear"',
+        )
+    _require(
+        v.image_size % v.patch_size == 0,
+        f"model.vision.image_size {v.image_size} is no multiple of patch_size {v.patch_size}",
+    )
+    _require(v.pool != "eot", "model.vision.pool cannot be eot")
+    _require(
+        t.context_length <= t.max_positions,
+        f"model.text.context_length {t.context_length} exceeds max_positions {t.max_positions}",
+    )
+    _require((t.kind == "bert") == (t.pool != "eot"), "model.text.pool eot belongs to kind clip, cls and mean to bert")
+    if m.text_groups:
+        total = sum(share for _, share in m.text_groups)
+        widths = [w for w, _ in m.text_groups]
+        _require(abs(total - 1) < 1e-6, f"model.text_groups shares add up to {total}, not 1")
+        _require(
+            widths == sorted(set(widths)) and widths[0] > 1 and widths[-1] <= t.context_length,
+            f"model.text_groups widths {widths} must rise and stay within the context {t.context_length}",
+        )
+    return m
+
+
+def validate(c: Train) -> Train:
+    """Refuses impossible settings before anything is computed; returns the same config.
+
+    Raises:
+        UsageError: naming the field, its value and what would be accepted.
+
+    Example:
+        >>> validate(Train(batch_size=8)).batch_size
+        8
+    """
+    validate_model(c.model)
+    for path, allowed in _CHOICES.items():
+        if not path.startswith("model."):
+            value = get_path(c, path)
+            _require(value in allowed, f"{path} is {value!r}", f"one of {', '.join(allowed)}")
+    for path in ("duration", "optim.warmup", "eval.every", "checkpoint.every"):
+        d = get_path(c, path)
+        n = sum(bool(x) for x in (d.steps, d.epochs, d.examples))
+        _require(n <= 1, f"{path} is given {n} times", "set one of steps, epochs, examples and the others to 0")
+        _require(min(d.steps, d.epochs, d.examples) >= 0, f"{path} is negative")
+    _require(c.duration.given(), "duration is empty", "set duration.steps, .epochs or .examples")
+    _require(c.batch_size > 0, f"batch_size is {c.batch_size}")
+    o = c.optim
+    _require(o.accum_steps >= 1, f"optim.accum_steps is {o.accum_steps}", "1 = no accumulation")
+    _require(
+        c.batch_size % o.accum_steps == 0,
+        f"batch_size {c.batch_size} does not divide into optim.accum_steps {o.accum_steps} micro-batches",
+    )
+    _require(o.lr >= 0 and math.isfinite(o.lr), f"optim.lr is {o.lr}")
+    _require(0 < o.layer_decay <= 1, f"optim.layer_decay is {o.layer_decay}", "above 0, at most 1")
+    _require(0 <= o.ema_decay < 1, f"optim.ema_decay is {o.ema_decay}", "at least 0, below 1")
+    for pattern in (*o.freeze, *(p for p, _ in o.lr_multipliers)):
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise UsageError(f"config: optim.freeze/lr_multipliers pattern {pattern!r} is no regex: {e}") from e
+    _require(c.checkpoint.keep >= 2, f"checkpoint.keep is {c.checkpoint.keep}", "at least 2: the newest may be damaged")
+    _require(
+        (c.loss.kind == "sigmoid") == c.model.logit_bias,
+        f"loss.kind {c.loss.kind} with model.logit_bias {c.model.logit_bias}",
+        "the sigmoid loss learns a bias; the clip loss has none",
+    )
+    _require(c.loss.tile > 0, f"loss.tile is {c.loss.tile}")
+    low, high = c.data.crop_scale
+    _require(0 < low <= high <= 1, f"data.crop_scale is {c.data.crop_scale}", "0 < low <= high <= 1")
+    _require(0 < c.data.crop_ratio[0] <= c.data.crop_ratio[1], f"data.crop_ratio is {c.data.crop_ratio}")
+    _require(c.data.workers >= 0 and c.data.threads >= 1, "data.workers must be >= 0 and data.threads >= 1")
+    for s in c.data.sources:
+        _require(bool(s.name), "a source in data.sources has no name")
+        _require(s.weight > 0, f"source {s.name} has weight {s.weight}", "leave it out instead")
+    for axis, n in (("data", c.mesh.data), ("fsdp", c.mesh.fsdp)):
+        _require(n == -1 or n >= 1, f"mesh.{axis} is {n}", "-1 or at least 1")
+    _require(c.mesh.data != -1 or c.mesh.fsdp != -1, "mesh.data and mesh.fsdp cannot both be -1")
+    return c
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The JSON form of any config dataclass (tuples become lists)."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
+    return [_plain(v) for v in x] if isinstance(x, (tuple, list)) else x
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
+    """Rebuilds a config dataclass from its JSON form; fields that are absent keep their defaults.
+
+    Raises:
+        UsageError: for an unknown field or a value of the wrong type, with the full path.
+
+    Example:
+        >>> from_dict(Mesh, {"fsdp": 4}).fsdp
+        4
+    """
+    if not isinstance(values, dict):
+        raise UsageError(f"{where} is {type(values).__name__}, not a table of settings")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise UsageError(f"{where} has no field {name!r}.{did_you_mean(name, hints)}")
+    return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UsageError(f"{where} is {value!r}, not a list")
+        args = typing.get_args(hint)
+        inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
+        if len(inner) != len(value):
+            raise UsageError(f"{where} has {len(value)} items, not {len(inner)}")
+        return tuple(_coerce(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+    if origin in (typing.Union, types.UnionType):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise UsageError(f"{where} is {value!r}", f"it must be of type {hint.__name__}")
+    return value
+
+
+def diff(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The settings that differ between two configs (dataclasses or their JSON form), by dotted path.
+
+    Example:
+        >>> diff(Mesh(fsdp=1), Mesh(fsdp=2))
+        {'fsdp': (1, 2)}
+    """
+    a = old if isinstance(old, dict) else to_dict(old)
+    b = new if isinstance(new, dict) else to_dict(new)
+    out: dict[str, tuple[Any, Any]] = {}
+    for k in sorted(a.keys() | b.keys()):
+        x, y = a.get(k), b.get(k)
+        if isinstance(x, dict) and isinstance(y, dict):
+            out |= diff(x, y, f"{prefix}{k}.")
+        elif x != y:
+            out[prefix + k] = (x, y)
+    return out

@@ -1,0 +1,1 @@
+"""Other frameworks' weights in and out. torch is imported inside functions only."""

@@ -1,0 +1,1 @@
+"""Raw source -> Example -> array_record shards -> batches. Nothing here touches a device, flax or torch."""

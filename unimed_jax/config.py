@@ -281,7 +281,10 @@ def validate_model(m: Model) -> Model:
         t.context_length <= t.max_positions,
         f"model.text.context_length {t.context_length} exceeds max_positions {t.max_positions}",
     )
-    _require((t.kind == "bert") == (t.pool != "eot"), "model.text.pool eot belongs to kind clip, cls and mean to bert")
+    _require(
+        (t.kind == "bert") == (t.pool != "eot"),
+        "model.text.pool eot belongs to kind clip, cls and mean to bert",
+    )
     if m.text_groups:
         total = sum(share for _, share in m.text_groups)
         widths = [w for w, _ in m.text_groups]
@@ -311,7 +314,9 @@ def validate(c: Train) -> Train:
     for path in ("duration", "optim.warmup", "eval.every", "checkpoint.every"):
         d = get_path(c, path)
         n = sum(bool(x) for x in (d.steps, d.epochs, d.examples))
-        _require(n <= 1, f"{path} is given {n} times", "set one of steps, epochs, examples and the others to 0")
+        _require(
+            n <= 1, f"{path} is given {n} times", "set one of steps, epochs, examples and the others to 0"
+        )
         _require(min(d.steps, d.epochs, d.examples) >= 0, f"{path} is negative")
     _require(c.duration.given(), "duration is empty", "set duration.steps, .epochs or .examples")
     _require(c.batch_size > 0, f"batch_size is {c.batch_size}")
@@ -328,8 +333,14 @@ def validate(c: Train) -> Train:
         try:
             re.compile(pattern)
         except re.error as e:
-            raise UsageError(f"config: optim.freeze/lr_multipliers pattern {pattern!r} is no regex: {e}") from e
-    _require(c.checkpoint.keep >= 2, f"checkpoint.keep is {c.checkpoint.keep}", "at least 2: the newest may be damaged")
+            raise UsageError(
+                f"config: optim.freeze/lr_multipliers pattern {pattern!r} is no regex: {e}"
+            ) from e
+    _require(
+        c.checkpoint.keep >= 2,
+        f"checkpoint.keep is {c.checkpoint.keep}",
+        "at least 2: the newest may be damaged",
+    )
     _require(
         (c.loss.kind == "sigmoid") == c.model.logit_bias,
         f"loss.kind {c.loss.kind} with model.logit_bias {c.model.logit_bias}",
@@ -390,7 +401,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
         if len(inner) != len(value):
             raise UsageError(f"{where} has {len(value)} items, not {len(inner)}")
-        return tuple(_coerce(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True)))
+        return tuple(
+            _coerce(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True))
+        )
     if origin in (typing.Union, types.UnionType):
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -31,7 +31,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [s for p in self._all_parsers() for a in p._actions for s in a.option_strings]
             word = unknown[0].split("=")[0]
-            raise UsageError(f"{self.prog}: unknown argument {word}.{did_you_mean(word, known)}", f"{self.prog} --help")
+            raise UsageError(
+                f"{self.prog}: unknown argument {word}.{did_you_mean(word, known)}", f"{self.prog} --help"
+            )
         return args
 
     def _all_parsers(self) -> list[argparse.ArgumentParser]:

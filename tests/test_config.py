@@ -1,0 +1,92 @@
+"""Settings: JSON round trip, refusals that name the field, durations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from unimed_jax import config
+from unimed_jax.errors import UsageError
+
+
+def test_json_round_trip_is_exact():
+    c = config.Train(
+        data=config.Data(sources=(config.Source(name="a", weight=2.0), config.Source(name="b"))),
+        model=config.Model(text_groups=((64, 0.75), (256, 0.25))),
+        optim=config.Optim(freeze=("vision/.*",), lr_multipliers=(("text/.*", 0.1),)),
+    )
+    again = config.from_dict(config.Train, json.loads(json.dumps(config.to_dict(c))))
+    assert again == c
+    assert isinstance(again.data.sources[0], config.Source)
+
+
+def test_a_typo_cannot_be_set():
+    with pytest.raises(AttributeError):
+        config.Train().bach_size = 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"bach_size": 8}, ["config has no field", 'Did you mean "batch_size"']),
+        ({"optim": {"lr": "fast"}}, ["config.optim.lr", "'fast'", "float"]),
+        ({"model": {"vision": {"depth": 1.5}}}, ["config.model.vision.depth", "int"]),
+        ({"data": {"sources": [{"weigth": 1}]}}, ["config.data.sources[0]", 'Did you mean "weight"']),
+        ({"batch_size": True}, ["config.batch_size", "int"]),
+    ],
+)
+def test_from_dict_names_what_is_wrong(values, words):
+    with pytest.raises(UsageError) as e:
+        config.from_dict(config.Train, values)
+    for w in words:
+        assert w in str(e.value)
+    assert e.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "word"),
+    [
+        ("batch_size", 0, "batch_size is 0"),
+        ("model.vision.patch_size", 15, "no multiple of patch_size"),
+        ("model.vision.heads", 7, "does not divide into 7 heads"),
+        ("model.vision.act", "relu", "quick_gelu"),
+        ("model.vision.proj", "none", "not model.embed_dim"),
+        ("model.text.context_length", 600, "exceeds max_positions"),
+        ("model.text.pool", "eot", "belongs to kind clip"),
+        ("model.text_groups", ((64, 0.5),), "add up to 0.5"),
+        ("model.text_groups", ((256, 0.5), (64, 0.5)), "must rise"),
+        ("optim.accum_steps", 3, "micro-batches"),
+        ("optim.freeze", ("(",), "no regex"),
+        ("duration", config.Duration(), "duration is empty"),
+        ("duration", config.Duration(steps=1, epochs=1), "given 2 times"),
+        ("loss.kind", "sigmoid", "bias"),
+        ("loss.kind", "triplet", "one of clip, sigmoid"),
+        ("checkpoint.keep", 1, "at least 2"),
+        ("data.crop_scale", (0.0, 1.0), "crop_scale"),
+        ("mesh.fsdp", 0, "mesh.fsdp is 0"),
+    ],
+)
+def test_validate_refuses(path, value, word):
+    c = config.validate(config.Train())
+    holder, _, name = path.rpartition(".")
+    setattr(config.get_path(c, holder) if holder else c, name, value)
+    with pytest.raises(UsageError, match="config: ") as e:
+        config.validate(c)
+    assert word in str(e.value)
+
+
+def test_durations_agree():
+    epochs = config.Duration(epochs=10)
+    assert epochs.steps_for(batch_size=2048, epoch_examples=5_282_000) == 25_792
+    assert config.Duration(examples=100).steps_for(batch_size=8, epoch_examples=1) == 13
+    assert config.Duration(steps=7).steps_for(batch_size=8, epoch_examples=1) == 7
+    assert config.Duration().steps_for(batch_size=8, epoch_examples=1) == 0
+
+
+def test_diff_names_only_what_changed():
+    a = config.Train()
+    b = dataclasses.replace(a, seed=1, optim=dataclasses.replace(a.optim, lr=1.0))
+    assert config.diff(a, b) == {"optim.lr": (5e-4, 1.0), "seed": (0, 1)}
+    assert config.diff(a, config.to_dict(a)) == {}

@@ -1,0 +1,44 @@
+"""Refusals: one line, the documented exit codes, and they survive a process boundary."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+
+from unimed_jax import errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (errors.UsageError, 2),
+        (errors.DataError, 3),
+        (errors.SomeInputsFailed, 4),
+        (errors.Fault, 70),
+        (errors.Stalled, 71),
+        (errors.Preempted, 75),
+    ],
+)
+def test_exit_codes_and_one_line(kind, code):
+    e = kind("what\nis   wrong", "do\nthis")
+    assert e.exit_code == code
+    assert e.line() == "what is wrong. Fix: do this"
+    again = copy.copy(e)  # goes through __reduce__, as crossing a process does
+    assert type(again) is kind
+    assert (again.cause, again.remedy) == (e.cause, e.remedy)
+
+
+def test_the_command_prints_one_line_and_no_traceback():
+    out = subprocess.run(
+        [sys.executable, "-m", "unimed_jax", "tran"], capture_output=True, text=True, timeout=60
+    )
+    assert out.returncode == 2
+    assert out.stderr.count("\n") == 1
+    assert 'Did you mean "train"' in out.stderr
+    shown = subprocess.run(
+        [sys.executable, "-m", "unimed_jax", "tran", "--debug"], capture_output=True, text=True, timeout=60
+    )
+    assert "Traceback" in shown.stderr

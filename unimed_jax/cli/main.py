@@ -69,10 +69,23 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"unimed-jax: {e.line()}", file=sys.stderr)
         code = e.exit_code
-    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
-        sys.stderr.close()
-        code = 0
+    except OSError as e:
+        if isinstance(e, BrokenPipeError):  # the reader of our output went away, e.g. `| head`
+            sys.stderr.close()
+            sys.exit(0)
+        if debug:
+            raise
+        where = f": {e.filename}" if e.filename else ""
+        print(f"unimed-jax: {e.strerror or e}{where}", file=sys.stderr)
+        code = 3
     except KeyboardInterrupt:
         print("unimed-jax: interrupted", file=sys.stderr)
         code = 130
+    except Exception as e:
+        if debug:
+            raise
+        # A defect of ours, not of the input: say so, and how to get what a report of it needs.
+        print(f"unimed-jax: fault: {type(e).__name__}: {' '.join(str(e).split())[:500]}", file=sys.stderr)
+        print("unimed-jax: this is a defect; --debug shows the traceback for a report", file=sys.stderr)
+        code = 70
     sys.exit(code)

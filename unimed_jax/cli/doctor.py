@@ -14,21 +14,8 @@ from typing import Any
 from unimed_jax.cli.args import Parser
 
 CORE = [
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "grain",
-    "array_record",
-    "tensorflow-datasets",
-    "transformers",
-    "ml_collections",
-    "numpy",
-    "pillow",
-    "simplejpeg",
-    "tokenizers",
-    "safetensors",
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "tensorflow-datasets"),
+    *("transformers", "ml_collections", "numpy", "pillow", "simplejpeg", "tokenizers", "safetensors"),
 ]
 EXTRAS = {
     "medical": ("pydicom", "gdcm", "nibabel", "tifffile"),

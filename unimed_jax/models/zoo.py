@@ -1,0 +1,94 @@
+"""Named models: architecture and preprocessing; weights are separate."""
+
+from __future__ import annotations
+
+import copy
+
+from unimed_jax.config import Model, Text, Vision
+from unimed_jax.errors import UsageError, did_you_mean
+
+_B32 = Vision(patch_size=32)
+_B16 = Vision(patch_size=16)
+_L14 = Vision(patch_size=14, width=1024, depth=24, heads=16, mlp_dim=4096)
+_L14_336 = Vision(image_size=336, patch_size=14, width=1024, depth=24, heads=16, mlp_dim=4096)
+_BERT_LARGE = Text(width=1024, depth=24, heads=16, mlp_dim=4096)
+_CLIP_TEXT = Text(
+    kind="clip",
+    vocab_size=49408,
+    context_length=77,
+    max_positions=77,
+    width=512,
+    depth=12,
+    heads=8,
+    mlp_dim=2048,
+    act="quick_gelu",
+    ln_eps=1e-5,
+    dropout=0.0,
+    pool="eot",
+    proj="linear",
+)
+# DINOv2 (Oquab et al. 2023) with its LayerScale folded away is a plain pre-norm ViT without ln_pre.
+_DINOV2_S14 = Vision(
+    patch_size=14,
+    width=384,
+    heads=6,
+    mlp_dim=1536,
+    act="gelu",
+    ln_pre=False,
+    ln_eps=1e-6,
+    patch_bias=True,
+    normalize="imagenet",
+)
+_MINILM = Text(width=384, depth=6, heads=12, mlp_dim=1536, context_length=128, pool="mean", proj="linear")
+
+# Released UniMed-CLIP variants are b16, l14-336 and l14-336-large-text; all use BiomedBERT's shapes.
+_MODELS = (
+    Model(name="unimed-clip-vit-b32", vision=_B32),
+    Model(name="unimed-clip-vit-b16", vision=_B16),
+    Model(name="unimed-clip-vit-l14", embed_dim=768, vision=_L14),
+    Model(name="unimed-clip-vit-l14-336", embed_dim=768, vision=_L14_336),
+    Model(name="unimed-clip-vit-l14-336-large-text", embed_dim=768, vision=_L14_336, text=_BERT_LARGE),
+    Model(name="clip-vit-b16", vision=_B16, text=_CLIP_TEXT),
+    Model(name="dinov2-s14-minilm", embed_dim=256, dtype="float32", vision=_DINOV2_S14, text=_MINILM),
+    Model(
+        name="small",
+        embed_dim=256,
+        dtype="float32",
+        vision=Vision(image_size=128, width=256, depth=6, heads=4, mlp_dim=1024, act="gelu"),
+        text=Text(
+            vocab_size=30522,
+            context_length=64,
+            max_positions=64,
+            width=256,
+            depth=4,
+            heads=4,
+            mlp_dim=1024,
+            proj="linear",
+        ),
+    ),
+    Model(
+        name="tiny",
+        embed_dim=32,
+        dtype="float32",
+        vision=Vision(image_size=32, patch_size=8, width=64, depth=2, heads=4, mlp_dim=128),
+        text=Text(
+            vocab_size=256, context_length=32, max_positions=32, width=64, depth=2, heads=4, mlp_dim=128
+        ),
+    ),
+)
+MODELS: dict[str, Model] = {m.name: m for m in _MODELS}
+
+
+def get(name: str) -> Model:
+    """A fresh copy of a named model's configuration, free to be changed.
+
+    Raises:
+        UsageError: for an unknown name, with the closest known one.
+
+    Example:
+        >>> get("unimed-clip-vit-b16").vision.width
+        768
+    """
+    if name not in MODELS:
+        raise UsageError(f"no model {name!r}.{did_you_mean(name, MODELS)}", "unimed-jax models list")
+    return copy.deepcopy(MODELS[name])

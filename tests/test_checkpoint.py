@@ -1,0 +1,309 @@
+"""Checkpoints: exact, verified, strict, kept through a full disk, restored onto any mesh."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from unimed_jax.errors import DataError
+from unimed_jax.train import checkpoint, fingerprint
+from unimed_jax.train.checkpoint import Checkpointer, abstract
+
+
+def make_state(seed: int = 0, width: int = 16, *, ema: bool = True) -> dict:
+    """A state with stacked blocks, a masked optimizer and scalars, as the train step has."""
+    k = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "vision": {
+            "blocks": {"kernel": jax.random.normal(k[0], (2, width, 8))},
+            "proj": jax.random.normal(k[1], (8, 4)),
+        },
+        "logit_scale": jnp.float32(2.6),
+    }
+    decay = {"vision": {"blocks": {"kernel": True}, "proj": True}, "logit_scale": False}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask=decay))
+    state = {"step": jnp.int32(seed), "params": params, "opt": tx.init(params)}
+    return state | ({"ema": jax.tree.map(lambda x: x * 0.5, params)} if ema else {})
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def save_steps(folder: Path, steps, keep: int = 3, width: int = 16) -> dict[int, dict]:
+    states = {s: make_state(s, width) for s in steps}
+    with Checkpointer(folder, keep) as saved:
+        for s in steps:
+            saved.save(s, states[s], {"config": {"seed": s}})
+    return states
+
+
+def test_round_trip_is_exact_and_keeps_the_newest(tmp_path):
+    states = save_steps(tmp_path, [1, 2, 5, 9], keep=2)
+    with Checkpointer(tmp_path, 2) as saved:
+        assert saved.steps() == [5, 9]
+        state, meta = saved.restore(abstract(states[9]))
+        assert_same(state, states[9])
+        assert meta["step"] == 9
+        assert meta["config"] == {"seed": 9}
+        assert meta["leaves"]["params"]["vision/proj"].startswith("float32[8,4]:")
+        saved.save(9, make_state(1), {})  # the same step again changes nothing
+        saved.wait()
+        assert_same(saved.restore(abstract(states[9]))[0], states[9])
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["5", "9"]
+
+
+def test_params_only(tmp_path):
+    states = save_steps(tmp_path / "checkpoints", [3, 4])
+    for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "4"):
+        params, meta = checkpoint.load_params(folder)
+        assert meta["step"] == 4
+        assert_same(params, jax.tree.map(np.asarray, states[4]["ema"]))
+    assert_same(
+        checkpoint.load_params(tmp_path, step=3, ema=False)[0], jax.tree.map(np.asarray, states[3]["params"])
+    )
+    with pytest.raises(DataError, match="no checkpoint of step 7"):
+        checkpoint.load_params(tmp_path, step=7)
+    with pytest.raises(DataError, match="no checkpoint"):
+        checkpoint.load_params(tmp_path / "nothing")
+
+
+def _data_files(step: Path) -> list[Path]:
+    return [p for p in step.rglob("d/*") if p.is_file() and p.stat().st_size]
+
+
+def test_flipped_bits_never_pass(tmp_path):
+    states = save_steps(tmp_path / "good", [1, 2], width=1024)
+    wanted, rng, noticed = abstract(states[2]), random.Random(0), 0
+    for trial in range(20):
+        folder = tmp_path / f"t{trial}"
+        shutil.copytree(tmp_path / "good", folder)
+        files = sorted(_data_files(folder / "2"))
+        file = rng.choices(files, weights=[f.stat().st_size for f in files])[0]
+        data = bytearray(file.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        file.write_bytes(data)
+        with Checkpointer(folder) as saved:
+            state, meta = saved.restore(wanted)
+        assert_same(state, states[meta["step"]])  # whatever comes back is right
+        noticed += meta["step"] == 1
+        assert ((folder / "damaged" / "2").is_dir()) == (meta["step"] == 1)
+    assert noticed >= 10  # the others hit padding or a copy that nobody reads
+
+
+def test_flipped_value_is_named_and_all_damaged_is_refused(tmp_path, monkeypatch):
+    states = save_steps(tmp_path, [1])
+    real = checkpoint._read_items
+
+    def flip(folder, items):
+        out = real(folder, items)
+        if "params" in out:
+            proj = np.array(out["params"]["vision"]["proj"])
+            proj.view(np.uint32)[3, 2] ^= 1
+            out["params"]["vision"]["proj"] = jnp.asarray(proj)
+        return out
+
+    monkeypatch.setattr(checkpoint, "_read_items", flip)
+    with Checkpointer(tmp_path) as saved:
+        with pytest.raises(checkpoint.Damaged, match=r"1 of 3 leaves .* vision/proj"):
+            saved.restore_step(1, abstract(states[1]))
+        with pytest.raises(DataError, match=r"all saved steps \(1\) are damaged") as e:
+            saved.restore(abstract(states[1]))
+    assert e.value.exit_code == 3
+
+
+@pytest.mark.parametrize("file", ["meta/metadata", "params/_METADATA", "params/manifest.ocdbt"])
+@pytest.mark.parametrize("how", ["cut", "empty", "gone"])
+def test_damaged_metadata_falls_back(tmp_path, file, how):
+    states = save_steps(tmp_path, [1, 2])
+    path = tmp_path / "2" / file
+    data = path.read_bytes()
+    path.unlink() if how == "gone" else path.write_bytes(data[: len(data) // 2] if how == "cut" else b"")
+    with Checkpointer(tmp_path) as saved:
+        state, meta = saved.restore(abstract(states[1]))
+    assert_same(state, states[meta["step"]])
+    if file == "meta/metadata":
+        assert meta["step"] == 1
+
+
+def test_altered_meta_is_noticed(tmp_path):
+    save_steps(tmp_path, [1])
+    path = tmp_path / "1" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["config"]["seed"] = 99
+    path.write_text(json.dumps(meta))
+    with pytest.raises(checkpoint.Damaged, match="digest"):
+        checkpoint.load_params(tmp_path)
+
+
+def test_four_lists(tmp_path):
+    state = make_state(1)
+    save_steps(tmp_path, [1])
+    other = make_state(1)
+    vision = other["params"]["vision"]
+    vision["blocks"]["kernel"] = jnp.zeros((3, 16, 8))
+    vision["extra"] = jnp.zeros(2)
+    vision["proj"] = vision["proj"].astype(jnp.bfloat16)
+    del other["params"]["logit_scale"]
+    with Checkpointer(tmp_path) as saved:
+        with pytest.raises(DataError) as e:
+            saved.restore(abstract(other))
+        text = str(e.value)
+        assert "missing 1: vision/extra" in text
+        assert "unexpected 1: logit_scale" in text
+        assert "mis-shaped 1: vision/blocks/kernel (is float32[2,16,8], must be float32[3,16,8])" in text
+        assert "mis-typed 1: vision/proj (is float32[8,4], must be bfloat16[8,4])" in text
+        assert saved.steps() == [1]  # another architecture is no damage: nothing is moved away
+        with pytest.raises(DataError, match="ema"):
+            saved.restore(abstract(make_state(1, ema=False)))
+        assert_same(saved.restore(abstract(state))[0], state)
+
+
+def test_left_overs_of_a_kill_go_away(tmp_path):
+    states = save_steps(tmp_path, [1, 2])
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "3.orbax-checkpoint-tmp" / "params").mkdir()
+    shutil.copytree(tmp_path / "1", tmp_path / ".trash-1")
+    with Checkpointer(tmp_path) as saved:
+        assert saved.latest() == 2
+        saved.save(3, states[2], {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3"]
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write checkpoints"):
+        Checkpointer(tmp_path / "file" / "checkpoints")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def _save_and_poll(saved: Checkpointer, state: dict):
+    saved.save(2, state, {})
+    for _ in range(2000):  # steps of 5 ms
+        saved.poll()
+        time.sleep(0.005)
+
+
+def test_full_disk_keeps_the_old_step_and_recovers(small_disk):
+    state = {
+        "step": jnp.int32(1),
+        "params": {"w": jax.random.normal(jax.random.key(0), (600_000,))},
+    }  # 2.4 MB
+    with Checkpointer(small_disk / "checkpoints", 3) as saved:
+        saved.save(1, state, {})
+        saved.wait()
+        (small_disk / "filler").write_bytes(b"x" * 4_500_000)
+        with pytest.raises(DataError, match=r"saving step 2 .* the disk is full; step 1 is kept") as e:
+            _save_and_poll(saved, state)
+        assert e.value.exit_code == 3
+        assert "\n" not in str(e.value)
+        assert saved.steps() == [1]
+        assert_same(saved.restore(abstract(state))[0], state)
+        (small_disk / "filler").unlink()
+        saved.save(2, state, {})
+        saved.wait()
+        assert saved.steps() == [1, 2]
+    assert sorted(p.name for p in (small_disk / "checkpoints").iterdir()) == ["1", "2"]
+
+
+# -- fingerprints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8", "int8", "bool"])
+def test_fingerprint_sees_any_single_change_and_any_swap(dtype):
+    rng = np.random.default_rng(0)
+    a = (rng.normal(size=(7, 9)) * 50).astype(jnp.dtype(dtype))
+    base = fingerprint.fingerprint({"x": jnp.asarray(a)})["x"]
+    assert base.startswith(f"{dtype}[7,9]:")
+    for _ in range(40):
+        b = a.copy()
+        i, j = rng.integers(0, 63, 2)
+        if rng.random() < 0.5:
+            b.flat[i], b.flat[j] = a.flat[j], a.flat[i]
+        else:
+            b.view(np.uint8).reshape(-1)[i * b.itemsize] ^= 1 if dtype == "bool" else 1 << rng.integers(0, 8)
+        same = a.tobytes() == b.tobytes()
+        assert (fingerprint.fingerprint({"x": jnp.asarray(b)})["x"] == base) == same
+
+
+def test_fingerprint_formula():
+    """The sums, written again in Python integers."""
+    x = np.array([[1.5, -2.0, 0.0], [3.25, 1e-30, -0.0]], np.float32)
+    want = ""
+    for salt in (0x9E3779B9, 0x85EBCA6B):
+        total = 0
+        for i, word in enumerate(x.view(np.uint32).reshape(-1).tolist()):
+            h = ((i ^ salt) * 0x7FEB352D) % 2**32
+            h = ((h ^ (h >> 15)) * 0x846CA68B) % 2**32
+            total += word * ((h ^ (h >> 16)) | 1)
+        want += f"{total % 2**32:08x}"
+    assert fingerprint.fingerprint({"x": jnp.asarray(x)}) == {"x": f"float32[2,3]:{want}"}
+
+
+MESHES = """
+import sys, jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P, AxisType
+from unimed_jax.train import checkpoint, fingerprint
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import make_state
+state = make_state(2)
+plain = fingerprint.fingerprint(state)
+folder = sys.argv[1]
+for n in (8, 4, 2, 1):
+    mesh = jax.make_mesh((n // 2 or 1, min(n, 2)), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
+                         devices=jax.devices()[:n])
+    def place(x):
+        spec = P(*[None] * (x.ndim - 2), "fsdp", "data") if x.ndim >= 2 else P()
+        return NamedSharding(mesh, spec)
+    shardings = jax.tree.map(place, state)
+    with checkpoint.Checkpointer(folder) as saved:
+        if saved.latest() is not None:
+            got, meta = saved.restore(checkpoint.abstract(state, shardings))
+            assert meta["step"] == 8 // n // 2 and all(
+                x.sharding == s for x, s in zip(jax.tree.leaves(got), jax.tree.leaves(shardings)))
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), got, state)
+        placed = jax.tree.map(jax.device_put, state, shardings)
+        assert fingerprint.fingerprint(placed) == plain
+        saved.save(8 // n, placed, {})
+print("meshes ok")
+"""
+
+
+def test_meshes_of_8_4_2_and_1_devices_restore_each_other(tmp_path):
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES, str(tmp_path / "c"), str(Path(__file__).parent)],
+        env=env, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "meshes ok" in done.stdout

@@ -223,7 +223,7 @@ class Checkpointer:
         where = f"checkpoint {self.folder / str(step)}"
         meta = self._agree(lambda: read_meta(self.folder / str(step)))
         items = _items(wanted)
-        for name, leaves in meta["leaves"].items():
+        for name in meta["leaves"]:
             if name not in items:
                 raise DataError(
                     f"{where} has an item {name} that this config does not", "set optim.ema_decay as it was"

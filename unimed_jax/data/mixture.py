@@ -1,0 +1,131 @@
+"""The order of the training data as a function: position in the stream -> (source, record, epoch).
+
+Nothing is drawn from a running generator, so there is no state to save: the position is the step times the batch
+size. Within an epoch of the mixture every source appears a fixed number of times, in an order shuffled over all
+sources. Each source also counts its own epochs and goes through all of its records, freshly shuffled, before any
+of them comes again, whatever its weight.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from unimed_jax.errors import UsageError
+
+
+class Draw(NamedTuple):
+    """One element of the stream."""
+
+    source: int  # index into Mixture.names
+    record: int  # index within the source's split
+    epoch: int  # how often the source was read completely before
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Mixture:
+    """Several sources as one endless shuffled stream.
+
+    Attributes:
+        names: of the sources.
+        sizes: records of each source.
+        draws: how often each source is drawn in one epoch of the mixture.
+        seed: of the shuffle.
+
+    Example:
+        >>> mix = Mixture(names=("a", "b"), sizes=(3, 2), draws=(3, 4), seed=0)
+        >>> sorted(mix.locate(i)[:2] for i in range(mix.epoch_examples))
+        [(0, 0), (0, 1), (0, 2), (1, 0), (1, 0), (1, 1), (1, 1)]
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    draws: tuple[int, ...]
+    seed: int
+
+    @property
+    def epoch_examples(self) -> int:
+        """Elements in one epoch of the mixture."""
+        return sum(self.draws)
+
+    def locate(self, position: int) -> Draw:
+        """Returns what stands at a position of the stream (0-based, over all epochs)."""
+        epoch, offset = divmod(position, self.epoch_examples)
+        slot = permute(offset, self.epoch_examples, seed_of(self.seed, "mixture", epoch))
+        ends = _ends(self.draws)
+        source = bisect.bisect_right(ends, slot)
+        nth = epoch * self.draws[source] + slot - (ends[source] - self.draws[source])
+        source_epoch, place = divmod(nth, self.sizes[source])
+        seed = seed_of(self.seed, f"source/{self.names[source]}", source_epoch)
+        return Draw(source, permute(place, self.sizes[source], seed), source_epoch)
+
+
+def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float], mode: str) -> tuple[int, ...]:
+    """Returns how often each source is drawn in one epoch of the mixture, at least once each.
+
+    Args:
+        sizes: records of each source.
+        weights: relative, above 0.
+        mode: "size": weight x records, so weights of 1 read every record exactly once an epoch; "weight": the
+            weights alone give the shares, and an epoch is as long as all records together.
+
+    Raises:
+        UsageError: for an unknown mode.
+
+    Example:
+        >>> draws_per_epoch([100, 10], [1, 2], "size"), draws_per_epoch([100, 10], [1, 1], "weight")
+        ((100, 20), (55, 55))
+    """
+    if mode == "size":
+        return tuple(max(1, round(w * n)) for w, n in zip(weights, sizes, strict=True))
+    if mode == "weight":
+        return tuple(max(1, round(sum(sizes) * w / sum(weights))) for w in weights)
+    raise UsageError(f"config: data.mixture is {mode!r}", "size or weight")
+
+
+def permute(index: int, n: int, seed: int) -> int:
+    """Returns the place of `index` in a pseudo-random permutation of range(n): a bijection, without a table."""
+    from grain.experimental import index_shuffle
+
+    return index_shuffle(index, max_index=n - 1, seed=seed, rounds=4)
+
+
+@functools.lru_cache(maxsize=4096)
+def seed_of(seed: int, purpose: str, epoch: int) -> int:
+    """Returns 32 bits that depend on all three; equal on every machine and Python."""
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}/{purpose}/{epoch}".encode(), digest_size=4).digest(), "little"
+    )
+
+
+# Numbers drawn for one purpose never move those of another.
+STREAMS = {"caption": 0, "image": 1}
+
+
+def generator(seed: int, source: str, draw: Draw, stream: str) -> np.random.Generator:
+    """Returns the generator of one record in one epoch: a pure function of (seed, source name, epoch, record).
+
+    Example:
+        >>> one, two = (generator(0, "a", Draw(0, 5, 1), "image").integers(1000) for _ in range(2))
+        >>> bool(one == two)
+        True
+    """
+    counter = [0, STREAMS[stream], draw.record, draw.epoch]
+    return np.random.Generator(np.random.Philox(key=_key(seed, source), counter=counter))
+
+
+@functools.lru_cache(maxsize=4096)
+def _key(seed: int, source: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{source}".encode(), digest_size=16).digest(), "little")
+
+
+@functools.lru_cache(maxsize=64)
+def _ends(draws: tuple[int, ...]) -> list[int]:
+    return list(itertools.accumulate(draws))

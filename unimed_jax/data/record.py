@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Caption:
-    """One caption, its kind (config.CAPTION_KINDS) and its length in tokens, [CLS] and [SEP] included (0 = not counted)."""
+    """One caption, its kind (config.CAPTION_KINDS) and its tokens, special ones included (0 = not counted)."""
 
     text: str
     kind: str = "original"

@@ -29,7 +29,7 @@ class Text(nnx.Module):
     ):
         self.kind, self.depth, self.max_positions = c.kind, c.depth, c.max_positions
         self.pool, self.pad_id, self.eot_id, self.dropout = c.pool, c.pad_id, c.eot_id, c.dropout
-        self.groups, self.compute = tuple(map(tuple, groups)), compute
+        self.groups, self.compute = tuple((int(w), float(share)) for w, share in groups), compute
         bert = c.kind == "bert"
         shape = layers.BlockShape(
             c.width,
@@ -40,7 +40,7 @@ class Text(nnx.Module):
             post_norm=bert,
             causal=not bert,
             dropout=c.dropout,
-            stds=(0.02,) * 4 if bert else clip_stds(c.width, c.depth),
+            stds=(0.02, 0.02, 0.02, 0.02) if bert else clip_stds(c.width, c.depth),
         )
         self.word = _table(c.vocab_size, c.width, 0.02, rngs)
         self.pos = _table(c.max_positions, c.width, 0.02 if bert else 0.01, rngs)

@@ -1,0 +1,140 @@
+"""`unimed-jax models`: named architectures, and the check of a model folder."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from unimed_jax.cli.args import Parser
+
+
+def run(argv: list[str]) -> int:
+    """Lists or shows named models, or checks a model folder; refusals propagate as UnimedError."""
+    parser = Parser("unimed-jax models", description="Named models and model folders.")
+    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
+    lister = verbs.add_parser("list", help="every named model, one a line")
+    show = verbs.add_parser("show", help="one model in full")
+    show.add_argument("name", help="a name from `list`")
+    check = verbs.add_parser("check", help="load a model folder, verify it and run it once")
+    check.add_argument("folder", help="folder with config.json, model.safetensors, tokenizer.json")
+    for p in (lister, show):
+        p.add_argument("--json", action="store_true", help="machine-readable output")
+    args = parser.parse(argv)
+    if args.verb == "check":
+        return _check(args.folder)
+    from unimed_jax.models import zoo
+
+    if args.verb == "show":
+        return _show(facts(args.name), as_json=args.json)
+    return _list([facts(name) for name in zoo.MODELS], as_json=args.json)
+
+
+def facts(name: str) -> dict[str, Any]:
+    """What a named model is and costs: parameters (counts), sizes (pixels, tokens), forward GFLOPs a sample.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    from unimed_jax import config
+    from unimed_jax.models import clip, flops, zoo
+
+    m = zoo.get(name)
+    _, abstract = clip.skeleton(m)
+    return {
+        "name": name,
+        "parameters": clip.count(abstract),
+        "vision_parameters": clip.count(abstract["vision"]),
+        "text_parameters": clip.count(abstract["text"]),
+        "image_size": m.vision.image_size,
+        "image_tokens": (m.vision.image_size // m.vision.patch_size) ** 2 + 1,
+        "context_length": m.text.context_length,
+        "embed_dim": m.embed_dim,
+        "image_gflops": flops.image_flops(m) / 1e9,
+        "text_gflops": flops.text_flops(m) / 1e9,
+        "train_gflops": flops.train_flops(m) / 1e9,
+        "config": config.to_dict(m),
+    }
+
+
+def _tower(c: dict[str, Any]) -> str:
+    kind = c.get("kind") or f"ViT/{c['patch_size']}"
+    return f"{kind} {c['depth']}x{c['width']}"
+
+
+def _list(models: list[dict[str, Any]], *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(models, indent=1))
+        return 0
+    columns = ("name", "parameters", "vision", "text", "image", "context", "embed", "GF image", "GF text")
+    rows = [
+        (
+            f["name"],
+            f"{f['parameters'] / 1e6:.1f}M",
+            _tower(f["config"]["vision"]),
+            _tower(f["config"]["text"]),
+            f"{f['image_size']} px",
+            f"{f['context_length']}",
+            f"{f['embed_dim']}",
+            f"{f['image_gflops']:.2f}",
+            f"{f['text_gflops']:.2f}",
+        )
+        for f in models
+    ]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _show(f: dict[str, Any], *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(f, indent=1))
+        return 0
+    settings = f["config"]
+    print(f["name"])
+    print(
+        f"  parameters      {f['parameters']:,} (vision {f['vision_parameters']:,}, text {f['text_parameters']:,})"
+    )
+    print(f"  image           {f['image_size']} px, {f['image_tokens']} tokens")
+    print(f"  text            context {f['context_length']} tokens")
+    print(f"  embedding       {f['embed_dim']}")
+    print(f"  forward GFLOPs  image {f['image_gflops']:.2f}, text {f['text_gflops']:.2f} at full context")
+    print(f"  training GFLOPs {f['train_gflops']:.2f} an image-caption pair")
+    for tower in ("vision", "text"):
+        print(f"  {tower}")
+        for k, v in settings[tower].items():
+            print(f"    {k:<14} {v}")
+    for k, v in settings.items():
+        if k not in ("name", "vision", "text"):
+            print(f"  {k:<15} {v}")
+    return 0
+
+
+def _check(folder: str) -> int:
+    import numpy as np
+
+    from unimed_jax import infer
+    from unimed_jax.errors import DataError
+
+    loaded = infer.load(folder)
+    size = loaded.cfg.vision.image_size
+    ramp = np.linspace(0, 255, size * size * 3).astype(np.uint8).reshape(1, size, size, 3)
+    for tower, z in (
+        ("vision", loaded.encode_image(ramp)),
+        ("text", loaded.encode_text(["a chest radiograph"])),
+    ):
+        norm = float(np.linalg.norm(np.asarray(z, np.float64)))
+        if not abs(norm - 1) < 1e-3:  # NaN fails too
+            raise DataError(
+                f"{folder}: the {tower} tower gives an embedding of length {norm}", "save it again"
+            )
+    print(
+        f"{folder}: {loaded.cfg.name}, {sum(a.size for a in _leaves(loaded.params)):,} parameters, both towers run"
+    )
+    return 0
+
+
+def _leaves(params: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(params)

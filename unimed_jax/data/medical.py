@@ -1,0 +1,125 @@
+"""Any file of a study to pictures: DICOM (data/dicom.py), NIfTI, and ordinary images (data/images.py)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from unimed_jax.data import dicom, images, limits, windows
+from unimed_jax.data.dicom import Picture, need
+from unimed_jax.errors import DataError, UsageError
+
+KINDS = ("DICOM", "NIfTI", *images.FORMATS)
+SUFFIXES = frozenset(
+    [".dcm", ".dicom", ".nii", ".gz", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp"]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """Which frames of a file are read: the middle one, all, or every n-th."""
+
+    every: int = 0  # 0 = the middle one
+
+    @classmethod
+    def parse(cls, text: str) -> Slices:
+        """Reads `middle`, `all` or `every:N`.
+
+        Raises:
+            UsageError: for anything else.
+
+        Example:
+            >>> list(Slices.parse("every:3").pick(8))
+            [0, 3, 6]
+        """
+        if text == "middle":
+            return cls(0)
+        if text == "all":
+            return cls(1)
+        match = re.fullmatch(r"every:([1-9]\d{0,5})", text)
+        if not match:
+            raise UsageError(f"slices is {text!r}", "middle, all or every:N")
+        return cls(int(match[1]))
+
+    def pick(self, frames: int) -> range:
+        """The chosen frame numbers of a file with that many."""
+        return range(0, frames, self.every) if self.every else range(frames // 2, frames // 2 + 1)
+
+
+def read(
+    path: str | Path, *, window: tuple[float, float] | None = None, slices: Slices | None = None
+) -> list[Picture]:
+    """Reads the chosen pictures of one file; the content decides the format, not the suffix.
+
+    Args:
+        path: DICOM, NIfTI or any image that data/images.py reads.
+        window: (centre, width) for gray values, instead of the file's own.
+        slices: frames of a DICOM file or axial slices of a volume; default: the middle one.
+
+    Raises:
+        DataError: for a file that is missing, empty, too large, of an unknown format, or holds no picture; for a
+            coding that needs another package, the remedy names it. The pixels of an ordinary image are decoded, and
+            refused if they are damaged, by `Picture.square`.
+    """
+    path, slices = Path(path), slices or Slices()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            head = f.read(352)
+    except OSError as e:
+        raise DataError(f"{path.name}: cannot be read ({type(e).__name__})") from None
+    if not size:
+        raise DataError(f"{path.name}: the file is empty")
+    if size > limits.MAX_FILE_BYTES:
+        raise DataError(f"{path.name}: {size} bytes are too large", f"at most {limits.MAX_FILE_BYTES}")
+    if head[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom"):
+        return dicom.read(path, window, slices.pick)
+    if path.name.lower().endswith((".nii", ".nii.gz")) or head[344:348] in (b"n+1\0", b"ni1\0"):
+        return _nifti(path, window, slices)
+    data = path.read_bytes()
+    try:
+        images.image_format(data)
+    except DataError:
+        raise DataError(
+            f"{path.name}: is no picture of a known format", f"known: {', '.join(KINDS)}"
+        ) from None
+    return [Picture(data=data, kind="image", where=path.name)]
+
+
+def _nifti(path: Path, window: tuple[float, float] | None, slices: Slices) -> list[Picture]:
+    """Axial slices of the first volume, shown as a radiologist sees them: front up, patient's right on the left."""
+    nibabel = need("nibabel")
+    try:
+        volume = nibabel.load(path)
+        shape, axes = volume.shape, nibabel.io_orientation(volume.affine)
+        if len(shape) < 3 or np.isnan(axes).any() or volume.get_data_dtype().names:
+            raise ValueError("no gray volume with an orientation")
+        if max(shape[0] * shape[1], shape[1] * shape[2], shape[0] * shape[2]) > limits.MAX_IMAGE_PIXELS:
+            raise ValueError("too large")
+        up = int(np.flatnonzero(axes[:, 0] == 2)[0])  # the axis of the file that runs from foot to head
+        pictures = []
+        for k in slices.pick(shape[up]):
+            place = tuple(k if a == up else slice(None) if a < 3 else 0 for a in range(len(shape)))
+            plane = np.nan_to_num(np.asarray(volume.dataobj[place], np.float64))
+            gray = windows.apply(plane, *window) if window else windows.stretch(plane)
+            gray = _face_up(gray, [axes[a] for a in range(3) if a != up])
+            rule = "option" if window else "percentile"
+            pictures.append(
+                Picture(data=gray, kind="nifti", frame=k, frames=shape[up], window=rule, where=path.name)
+            )
+    except Exception as e:
+        raise DataError(f"{path.name}: cannot read the volume ({type(e).__name__})") from None
+    return pictures
+
+
+def _face_up(gray: np.ndarray, axes: list[np.ndarray]) -> np.ndarray:
+    """An axial plane with any in-plane orientation, front up and the patient's right on the left."""
+    (first, first_sign), (_, second_sign) = axes
+    gray = gray[
+        :: int(first_sign), :: int(second_sign)
+    ]  # both axes now grow towards the patient's left and front
+    gray = gray if first == 0 else gray.T  # [left-right, back-front]
+    return np.ascontiguousarray(gray.T[::-1, ::-1])

@@ -27,7 +27,8 @@ class UnimedError(Exception):
 
     def line(self) -> str:
         """The whole message on one line."""
-        return f"{self.cause}. Fix: {self.remedy}" if self.remedy else self.cause
+        stop = "" if self.cause.endswith((".", "?", "!")) else "."
+        return f"{self.cause}{stop} Fix: {self.remedy}" if self.remedy else self.cause
 
     def __str__(self) -> str:
         return self.line()

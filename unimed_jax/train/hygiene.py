@@ -245,8 +245,8 @@ def compilation_cache(env: Mapping[str, str] | None = None) -> Path | None:
     chosen = env.get("JAX_COMPILATION_CACHE_DIR")
     if chosen == "":
         return None
-    base = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(chosen) if chosen else base / "unimed_jax" / "xla"
+    base = Path(env.get("UNIMED_JAX_CACHE") or Path.home() / ".cache" / "unimed_jax").expanduser()
+    folder = Path(chosen) if chosen else base / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         info = folder.stat()
@@ -265,3 +265,14 @@ def allocator_environment() -> None:
     """Lets glibc keep big freed buffers in processes started from here: image batches would fault in anew each time."""
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 28))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 29))
+
+
+def quiet_libraries() -> None:
+    """Keeps the logs of libraries off the terminal: what matters of them is said in our own lines."""
+    import logging
+
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    for name in ("orbax", "jax", "tensorstore"):
+        logging.getLogger(name).setLevel(logging.ERROR)

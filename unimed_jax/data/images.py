@@ -211,7 +211,8 @@ def train_image(
         DataError: for bytes that are no complete picture.
     """
     pixels = decode(data, where=where)
-    top, left, h, w = crop_box(*pixels.shape[:2], rng, scale=scale, ratio=ratio)  # pyright: ignore[reportCallIssue]
+    height, width = pixels.shape[:2]
+    top, left, h, w = crop_box(height, width, rng, scale=scale, ratio=ratio)
     crop = Image.fromarray(np.ascontiguousarray(pixels[top : top + h, left : left + w]))
     image = crop.resize((size, size), Image.Resampling.BICUBIC)
     if hflip and rng.random() < 0.5:

@@ -1,0 +1,178 @@
+"""One shard: written beside its place, read back, digested, synced and renamed; then its sidecar, in the same way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from unimed_jax.data import record, validate
+from unimed_jax.data.record import Example
+from unimed_jax.data.shards import RecordSource, array_record_module
+from unimed_jax.data.text import Tokenizer
+from unimed_jax.data.validate import Reject
+from unimed_jax.errors import DataError, Fault, UnimedError
+
+# One record a chunk: records are read at random. Pictures do not get smaller by compressing them again.
+OPTIONS = "group_size:1,uncompressed"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_WORDS = ("no space left", "file too large", "quota exceeded", "resource_exhausted")
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Job:
+    """A shard to write; `digest` stands for everything that it is made from."""
+
+    path: Path
+    split: str
+    items: tuple[Any, ...]
+    keys: tuple[str, ...]
+    digest: str
+
+    @property
+    def sidecar(self) -> Path:
+        """The file that says what the shard holds."""
+        return self.path.with_name(self.path.name + ".json")
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """The sidecar of a shard that an earlier run has finished from the same input; None = write it."""
+    try:
+        sidecar = json.loads(job.sidecar.read_text(encoding="utf-8"))
+        if sidecar["digest"] == job.digest and sidecar["bytes"] == job.path.stat().st_size:
+            return sidecar
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def write_shard(source: RecordSource, job: Job, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Writes one shard and its sidecar; returns the sidecar.
+
+    Raises:
+        DataError: when the disk is full or the shard cannot be written; nothing is left under its name.
+        Fault: when the source itself breaks.
+    """
+    module = array_record_module()
+    part = job.path.with_name(f".{job.path.name}.part")
+    rejects: list[dict[str, str]] = []
+    counts: Counter[str] = Counter()
+    try:
+        writer = module.ArrayRecordWriter(str(part), OPTIONS)
+        for item, key in zip(job.items, job.keys, strict=True):
+            try:
+                example = _read(source, item, key, job.split, tokenizer)
+                blob = record.encode(example)
+            except Reject as e:
+                rejects.append({"key": key, "split": job.split, "reason": e.reason, "detail": e.detail})
+                continue
+            writer.write(blob)
+            counts.update(_count(example))
+        writer.close()
+        count = counts["records"]
+        _read_back(module, part, count)
+        sidecar = {
+            "file": job.path.name,
+            "count": count,
+            "bytes": part.stat().st_size,
+            "sha256": file_sha256(part),
+            "digest": job.digest,
+            "counts": dict(sorted(counts.items())),
+            "rejects": rejects,
+        }
+        sync(part)
+        os.replace(part, job.path)
+        write_text(job.sidecar, json.dumps(sidecar, ensure_ascii=False, indent=1) + "\n")
+        return sidecar
+    except (UnimedError, KeyboardInterrupt):
+        raise
+    except Exception as e:  # array_record raises plain RuntimeError for a failed write
+        raise write_error(job.path, e) from e
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _read(source: RecordSource, item: Any, key: str, split: str, tokenizer: Tokenizer | None) -> Example:
+    try:
+        example = source.example(item)
+    except (Reject, UnimedError):
+        raise
+    except FileNotFoundError as e:
+        raise Reject("missing", e.strerror or "no such file") from e
+    except OSError as e:
+        raise Reject("unreadable", e.strerror or type(e).__name__) from e
+    except Exception as e:
+        raise Fault(f"source {source.name} broke on {key}: {type(e).__name__}: {e}") from e
+    if example.split != split:
+        raise Fault(f"source {source.name} lists {key} in split {split} and reads it as {example.split}")
+    example = replace(example, key=key, source=source.name)
+    example = validate.finish(example, tokenizer.count if tokenizer else None)
+    if sum(map(len, (example.image, *(c.text for c in example.captions)))) > record.limits.MAX_RECORD_BYTES:
+        raise Reject("too_large", f"more than {record.limits.MAX_RECORD_BYTES} bytes in one record")
+    return example
+
+
+def _count(example: Example) -> Iterator[str]:
+    yield "records"
+    yield f"modality {example.modality or 'unknown'}"
+    yield f"format {example.image_format}"
+    if example.simulated:
+        yield "simulated"
+    for caption in example.captions:
+        yield "captions"
+        yield f"captions {caption.kind}"
+
+
+def _read_back(module: Any, path: Path, count: int) -> None:
+    reader = module.ArrayRecordReader(str(path))
+    found = reader.num_records()
+    reader.close()
+    if found != count:
+        raise DataError(f"shard {path} has {found} records after {count} were written", "run it again")
+
+
+def write_error(path: Path, e: Exception) -> DataError:
+    """What a failed write means to a user."""
+    text = str(e).lower()
+    if getattr(e, "errno", None) in _FULL or any(words in text for words in _FULL_WORDS):
+        free = shutil.disk_usage(path.parent).free // 2**20
+        return DataError(
+            f"the disk is full, {path} cannot be written ({free} MiB free)",
+            "free some space and run the same command again: finished shards are kept",
+        )
+    return DataError(f"{path} cannot be written: {type(e).__name__}: {e}", "run the same command again")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: beside its place, synced, renamed."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        sync(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

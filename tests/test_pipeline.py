@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from unimed_jax import config
-from unimed_jax.data import export, pipeline, text, workers
+from unimed_jax.data import export, pipeline, shards, text, workers
 from unimed_jax.data.blocks import Blocks, caption_id
 from unimed_jax.data.images import eval_image
 from unimed_jax.data.mixture import Draw, Mixture, draws_per_epoch, generator, permute
@@ -389,7 +389,7 @@ def test_a_script_without_main_guard_is_told_so(tmp_path):
 
 def test_too_little_shared_memory_is_refused_before_the_start():
     with pytest.raises(UsageError, match="/dev/shm"):
-        next(workers.read([1], start=0, threads=1, workers=1, ahead=1, nbytes=1 << 50))
+        next(workers.read(range(1), start=0, threads=1, workers=1, ahead=1, nbytes=1 << 50))
 
 
 def test_starting_workers_leaves_environment_and_signal_mask_as_they_were(records, tokenizer):
@@ -482,7 +482,7 @@ def config_of(root: Path, **data) -> config.Train:
 def test_every_source_under_the_root_with_its_own_caption_policy(root, tokenizer):
     c = config_of(root)
     p = pipeline.make(c, tokenizer=tokenizer)
-    sizes = {s.name: len(s) for s in p.blocks.sources}
+    sizes = dict(zip(p.mixture.names, map(len, p.blocks.sources), strict=True))
     assert p.mixture.names == ("openi", "phantom")
     assert p.epoch_examples == sum(sizes.values())
     assert p.steps_per_epoch == -(-p.epoch_examples // 8)
@@ -534,9 +534,11 @@ def test_a_damaged_record_names_shard_record_and_key(root, tokenizer, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     p = pipeline.make(config_of(copy), tokenizer=tokenizer)
-    shard = p.blocks.sources[0].folder / p.blocks.sources[0].shards[0].file
+    damaged = p.blocks.sources[0]
+    assert isinstance(damaged, shards.Shards)
+    shard = damaged.folder / damaged.shards[0].file
     data = bytearray(shard.read_bytes())
-    middle = data.index(b"PNG", len(data) // 2) + 40
+    middle = data.index(b"\x89PNG") + 40  # array_record checks itself: any change within a record is found
     data[middle : middle + 8] = bytes(b ^ 0xFF for b in data[middle : middle + 8])
     shard.write_bytes(data)
     with pytest.raises(DataError, match=r"source openi record \d+.*" + shard.name):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,6 +22,14 @@ MAX_BLOCK = 32
 BAD_RECORD = "unimed-jax data check finds all such records; export the source again"
 
 
+class Records(Protocol):
+    """The records of one source: a shards.Shards, or any list of examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
 @dataclass(slots=True, kw_only=True)
 class Blocks:
     """The rows of one process as an endless sequence of blocks; picklable, so that worker processes can read it.
@@ -30,7 +38,7 @@ class Blocks:
     """
 
     mixture: mixture.Mixture
-    sources: tuple[Sequence[Example], ...]  # usually shards.Shards
+    sources: tuple[Records, ...]
     policies: tuple[str, ...]
     tokenizer: Tokenizer
     context_length: int  # tokens
@@ -89,7 +97,7 @@ class Blocks:
             return images.train_image(example.image, self.image_size, rng, **self.transform), text
 
 
-def read_record(source: Sequence[Example], index: int, name: str) -> Example:
+def read_record(source: Records, index: int, name: str) -> Example:
     """Returns one record.
 
     Raises:
@@ -100,7 +108,7 @@ def read_record(source: Sequence[Example], index: int, name: str) -> Example:
 
 
 @contextlib.contextmanager
-def blaming(source: Sequence[Example], index: int, name: str, key: str = "") -> Iterator[None]:
+def blaming(source: Records, index: int, name: str, key: str = "") -> Iterator[None]:
     """Turns whatever goes wrong inside into a DataError that names the record: source, number, key and shard."""
     try:
         yield

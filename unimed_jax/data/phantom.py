@@ -144,7 +144,7 @@ def _dot(mask: np.ndarray, cx: float, cy: float, rx: float, ry: float, angle: fl
     mask[box] = np.maximum(mask[box], np.clip((1 - distance) * min(rx, ry) * size / 3 + 0.5, 0, 1))
 
 
-def _paint(canvas: np.ndarray, mask: np.ndarray, value: float | Sequence[float]) -> np.ndarray:
+def _paint(canvas: np.ndarray, mask: np.ndarray, value: float | Sequence[float] | np.ndarray) -> np.ndarray:
     """Covers the canvas with a value, or a colour, where the mask is one."""
     if canvas.ndim == 3:
         mask = mask[..., None]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,7 @@ from jaxtyping import Bool, Int32, UInt8
 
 from unimed_jax import config
 from unimed_jax.data import captions, images, mixture, shards, workers
-from unimed_jax.data.blocks import MAX_BLOCK, Blocks, blaming, read_record
-from unimed_jax.data.record import Example
+from unimed_jax.data.blocks import MAX_BLOCK, Blocks, Records, blaming, read_record
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 
@@ -61,7 +60,7 @@ class Pipeline:
         """Steps until every source had its share, rounded up: batches run on across the end of an epoch."""
         return -(-self.epoch_examples // self.batch_size)
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yields the batches of steps start_step, start_step + 1, ... without end; close it to end the readers.
 
         Each batch holds this process's rows: `image` u8[b h w 3], `tokens` i32[b t], `source` i32[b] (index into
@@ -81,7 +80,7 @@ class Pipeline:
             ahead=per_step + self.threads,
             nbytes=self.blocks.block * row,
         )
-        with contextlib.closing(parts):  # type: ignore[arg-type]  # a generator
+        with contextlib.closing(parts):
             while True:
                 yield _join(itertools.islice(parts, per_step), self.blocks.rows)
 
@@ -211,7 +210,7 @@ def make_mixture(cfg: config.Train, specs: Sequence[config.Source], sizes: Seque
     )
 
 
-def device_prefetch(batches: Iterable[T], put: Callable[[T], Any], n: int) -> Iterator[Any]:
+def device_prefetch(batches: Iterable[T], put: Callable[[T], Any], n: int) -> Generator[Any, None, None]:
     """Yields put(batch) of every batch, with up to n of them already put: transfers overlap with computing.
 
     Args:
@@ -238,7 +237,7 @@ def device_prefetch(batches: Iterable[T], put: Callable[[T], Any], n: int) -> It
 
 
 def eval_batches(
-    records: Sequence[Example],
+    records: Records,
     *,
     image_size: int,
     batch_size: int,
@@ -340,7 +339,7 @@ def plan(cfg: config.Train, *, steps: int = 16, shards_of_batch: int = 1) -> dic
 
 
 def _caption_lengths(
-    mix: mixture.Mixture, opened: Sequence[shards.Shards], policies: Sequence[str], n: int
+    mix: mixture.Mixture, opened: Sequence[Records], policies: Sequence[str], n: int
 ) -> Int32[np.ndarray, "n"]:
     lengths = np.zeros(n, np.int32)
     for i in range(n):

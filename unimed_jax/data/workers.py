@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +47,7 @@ class Elements(Protocol):
 
 def read(
     elements: Elements, *, start: int, threads: int, workers: int, ahead: int, nbytes: int = 0
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yields elements start, start + 1, ... in order, prepared ahead by threads or by worker processes.
 
     Args:
@@ -101,9 +102,10 @@ def _read_from_workers(stream: Any, workers: int) -> Iterator[Any]:
             del element  # a copy in shared memory: free it before the next one is waited for
             _refuse_dead(mine)
             element = next(reader)
-    except (RuntimeError, EOFError, BrokenPipeError, ConnectionError) as e:
-        mine = mine or [p for p in _children() if p not in before]
-        _refuse_dead(mine, wait_s=1.0 if "terminated unexpectedly" in str(e) else 0.0)
+    except (RuntimeError, EOFError, ConnectionError) as e:
+        _refuse_dead(mine)
+        if found := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(e)):
+            raise _fault(int(found[1])) from e  # it died before it could be counted
         raise
     finally:
         if any(p.exitcode for p in mine):
@@ -116,18 +118,15 @@ def _children() -> list[Any]:
     return [p for p in multiprocessing.active_children() if p.name.startswith(_WORKER_NAME)]
 
 
-def _refuse_dead(workers: list[Any], wait_s: float = 0.0) -> None:
+def _refuse_dead(workers: list[Any]) -> None:
     """Raises Fault if a worker has ended."""
-    end = time.monotonic() + wait_s
-    while True:
-        codes = [p.exitcode for p in workers if p.exitcode is not None]
-        if codes or time.monotonic() >= end:
-            break
-        time.sleep(0.02)
-    if codes:
-        raise Fault(
-            f"a data worker process ended with exit code {codes[0]}{_meaning(codes[0])}", _remedy(codes[0])
-        )
+    for p in workers:
+        if p.exitcode is not None:
+            raise _fault(p.exitcode)
+
+
+def _fault(code: int) -> Fault:
+    return Fault(f"a data worker process ended with exit code {code}{_meaning(code)}", _remedy(code))
 
 
 def _meaning(code: int) -> str:

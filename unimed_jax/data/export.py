@@ -145,9 +145,10 @@ def default_shards(n: int) -> int:
     return max(1, min(8, n // 256), -(-n // 8192))
 
 
-def _fingerprint(source: RecordSource) -> str:
-    """What a source's examples depend on beside its items: its options, by its `fingerprint` or its repr."""
-    return getattr(source, "fingerprint", None) or repr(source)
+def _made_from(source: RecordSource, items: Sequence[Any], keys: Sequence[str]) -> list[str]:
+    """What the examples are made from: by the source's `fingerprint` if it has one, else by what its repr shows."""
+    fingerprint = getattr(source, "fingerprint", "")
+    return [fingerprint, *keys] if fingerprint else [repr(source), *map(repr, items)]
 
 
 def _digest(values: Any) -> str:

@@ -49,7 +49,11 @@ class Item:
 
 
 class RecordSource(Protocol):
-    """Anything that examples come from. Must be picklable: `example` runs in worker processes."""
+    """Anything that examples come from. Must be picklable: `example` runs in worker processes.
+
+    It may have a `fingerprint`: text that changes when its examples do. Without it, its repr and those of its items
+    must show everything that the examples depend on; a rerun skips what is unchanged.
+    """
 
     @property
     def name(self) -> str:

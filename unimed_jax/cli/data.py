@@ -1,0 +1,241 @@
+"""`unimed-jax data`: build records from a source, check them, count them, look at some."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unimed_jax.cli.args import Parser
+from unimed_jax.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from unimed_jax.data.record import Example
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="unimed-jax data", description="Records: build, check, stats, show.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{build,check,stats,show}")
+    build = verbs.add_parser(
+        "build",
+        help="write the records of a source",
+        description=_sources_help(),
+        formatter_class=argparse.HelpFormatter,
+    )
+    build.add_argument("source", help="name of a source")
+    build.add_argument("--out", required=True, help="root folder of all sources; written to OUT/SOURCE/1.0.0")
+    build.add_argument("--raw", help="folder of the raw data")
+    build.add_argument("--captions", help="table of captions")
+    build.add_argument("--name", help="name of the source, where it can be chosen")
+    build.add_argument("--shards", type=int, help="files a split (default: by size)")
+    build.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    build.add_argument("--tokenizer", help="counts tokens; tokenizer.json, vocab.txt or a folder with one")
+    build.add_argument("--max-bad", type=float, help="share of items that may be rejected (default: 0.001)")
+    build.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="another option of the source"
+    )
+    build.add_argument("--force", action="store_true", help="replace a finished export")
+    build.add_argument(
+        "--steal", action="store_true", help="take over the lock of a dead exporter on another machine"
+    )
+    check = verbs.add_parser("check", help="verify records; exit code 3 with a list if anything is wrong")
+    check.add_argument("--full", action="store_true", help="read every record, decode every picture")
+    stats = verbs.add_parser("stats", help="count pictures, patients, captions, tokens")
+    show = verbs.add_parser("show", help="print some records")
+    show.add_argument("-n", type=int, default=5, help="records")
+    show.add_argument("--source", default="", help="only this source")
+    show.add_argument("--split", default="", help="only this split")
+    show.add_argument("--html", default="", metavar="FILE", help="write a page with the pictures, too")
+    for verb in (check, stats, show):
+        verb.add_argument("root", help="folder with sources, or of one source")
+    for verb in (check, stats):
+        verb.add_argument("--workers", type=int, default=1, help="processes")
+        verb.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _sources_help() -> str:
+    from unimed_jax.data.sources import SOURCES
+
+    return "Sources: " + "; ".join(f"{name} ({text})" for name, (_, _, text) in SOURCES.items()) + "."
+
+
+def run(argv: list[str]) -> int:
+    """Runs one of the four commands and returns the exit code."""
+    args = _parser().parse(argv)
+    if getattr(args, "workers", 1) < 1:
+        raise UsageError(f"--workers is {args.workers}", "at least 1")
+    return {"build": _build, "check": _check, "stats": _stats, "show": _show}[args.verb](args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    from unimed_jax.data import export, limits, text
+    from unimed_jax.data.sources import open_source
+
+    options: dict[str, Any] = {
+        k: v for k in ("raw", "captions", "name") if (v := getattr(args, k)) is not None
+    }
+    for entry in args.set:
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise UsageError(f"--set {entry} is not KEY=VALUE")
+        options[key.strip().replace("-", "_")] = value
+    source = open_source(args.source, options)
+    max_bad = limits.MAX_BAD_SHARE if args.max_bad is None else args.max_bad
+    with _Progress() as progress:
+        manifest = export.export(
+            source,
+            args.out,
+            shards=args.shards,
+            workers=args.workers,
+            tokenizer=text.Tokenizer(args.tokenizer) if args.tokenizer else None,
+            max_bad=max_bad,
+            force=args.force,
+            steal=args.steal,
+            progress=progress,
+        )
+    splits = ", ".join(f"{split} {manifest.examples(split)}" for split in manifest.splits)
+    rejects = ", ".join(f"{reason} {n}" for reason, n in manifest.rejects.items()) or "none"
+    print(f"{manifest.source}: {splits} records; rejected: {rejects}")
+    print(f"in {Path(args.out) / manifest.source / manifest.version}")
+    return 0
+
+
+class _Progress:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def __enter__(self) -> _Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = ("records", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[bad]} rejected"))
+        console = Console(stderr=True)
+        self._bar = Progress(
+            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task("", total=None, bad=0)
+        self._bar.start()
+        return self
+
+    def __call__(self, done: int, total: int, bad: int) -> None:
+        self._bar.update(self._task, completed=done, total=total, bad=bad)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _check(args: argparse.Namespace) -> int:
+    from unimed_jax.data import verify
+
+    report = verify.check(args.root, full=args.full, workers=args.workers)
+    if args.json:
+        values = {k: getattr(report, k) for k in ("ok", "full", "sources", "shards", "records", "problems")}
+        print(json.dumps(values, indent=1, ensure_ascii=False))
+    else:
+        for problem in report.problems:
+            print(problem)
+        kind = "every record read" if report.full else "sizes and counts only; --full reads every record"
+        print(f"{', '.join(report.sources)}: {report.shards} shards, {report.records} records ({kind})")
+    if not report.ok:
+        sys.stdout.flush()
+        raise DataError(
+            f"{len(report.problems)} problems under {args.root}, listed above", "export the source again"
+        )
+    return 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from unimed_jax.data import verify
+
+    found = verify.stats(args.root, workers=args.workers)
+    if args.json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return 0
+    names = [b for b in verify.BUCKET_NAMES if any(b in row["tokens"] for row in found["rows"])]
+    columns = ("source", "split", "modality", "images", "patients", "captions", "words", "simulated")
+    rows = [[*(row[c] for c in columns), *(row["tokens"].get(b, 0) for b in names)] for row in found["rows"]]
+    _print_table((*columns, *(f"tokens {b}" for b in names)), rows)
+    print(f"{found['images']} pictures, {found['duplicates']} of them there more than once")
+    return 0
+
+
+def _print_table(header: tuple[str, ...], rows: list[list[Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name, value in zip(header, rows[0] if rows else header, strict=True):
+        table.add_column(name, justify="right" if isinstance(value, int) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else _plain(v) for v in row))
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)
+
+
+def _plain(text: Any) -> str:
+    """Stored text for a terminal: without markup and control characters."""
+    from rich.markup import escape
+
+    return escape("".join(c if c.isprintable() else " " for c in str(text)))
+
+
+def _show(args: argparse.Namespace) -> int:
+    from unimed_jax.data import verify
+
+    if args.n < 1:
+        raise UsageError(f"-n is {args.n}", "at least 1")
+    examples = verify.sample(args.root, args.n, source=args.source, split=args.split)
+    rows = []
+    for e in examples:
+        more = f" (+{len(e.captions) - 1})" if len(e.captions) > 1 else ""
+        picture = f"{e.image_format} {e.width}x{e.height}{' simulated' if e.simulated else ''}"
+        caption = e.captions[0].text[:200] + more if e.captions else ""
+        rows.append([e.key, e.split, e.modality, picture, ", ".join(e.labels), caption])
+    _print_table(("key", "split", "modality", "picture", "labels", "caption"), rows)
+    if args.html:
+        _write_html(Path(args.html), examples)
+        print(f"wrote {args.html}")
+    return 0
+
+
+def _write_html(path: Path, examples: list[Example]) -> None:
+    """A self-contained page: each picture, small, with everything said about it."""
+    import base64
+    import html
+    import io
+
+    from PIL import Image
+
+    from unimed_jax.data import images, writer
+
+    cells = []
+    for e in examples:
+        picture = Image.fromarray(images.decode(e.image, where=e.key))
+        picture.thumbnail((320, 320))
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        captions = "".join(
+            f"<li>{html.escape(c.text)} <small>{html.escape(c.kind)}</small></li>" for c in e.captions
+        )
+        cells.append(
+            f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+            f"<figcaption><b>{html.escape(e.key)}</b> {html.escape(e.split)} {html.escape(e.modality)}<br>"
+            f"{html.escape(', '.join(e.labels))}<ul>{captions}</ul></figcaption></figure>"
+        )
+    style = (
+        "body{font:15px sans-serif;margin:2em;display:flex;flex-wrap:wrap;gap:1.5em}figure{margin:0;width:340px}"
+        "img{max-width:100%;background:#000}small{color:#777}ul{padding-left:1.2em}"
+    )
+    page = (
+        f'<!doctype html><meta charset="utf-8"><title>Records</title><style>{style}</style>{"".join(cells)}\n'
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_text(path, page)
+    except OSError as e:
+        raise DataError(
+            f"cannot write {path} ({e.strerror})", "give a file in a folder that can be written"
+        ) from e

@@ -1,0 +1,197 @@
+"""Your own images: a folder, and a table that says what is on each of them.
+
+The table is CSV (or .tsv, or .jsonl) in UTF-8 with these columns; only `file` and one kind of caption are needed:
+
+    file      path below the folder
+    caption   text; more of them in caption2, caption3, ...
+    captions  instead: a JSON list of texts, or of {"text": ..., "kind": "report"}
+    kind      of all captions of the row: original (default), report, template, llm
+    labels    "plane:axial; region:brain", or a JSON list
+    modality  one of config.MODALITIES
+    patient   any identifier; only a salted hash of it is stored
+    split     train (default), val, test, ...
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from unimed_jax import config
+from unimed_jax.data import limits
+from unimed_jax.data.record import Caption, Example, hash_patient
+from unimed_jax.data.validate import Reject
+from unimed_jax.errors import DataError, did_you_mean
+
+_COLUMNS = ("file", "caption", "captions", "kind", "labels", "modality", "patient", "split")
+_NUMBERED = re.compile(r"caption(\d+)")
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Row:
+    """One row of the table."""
+
+    key: str
+    split: str
+    file: str
+    captions: tuple[Caption, ...]
+    labels: tuple[str, ...]
+    modality: str
+    patient: str
+    where: str = field(repr=False)  # not part of the content: rows may move
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Folder:
+    """The record source `folder`: images below `raw`, described by the table `captions`.
+
+    Args:
+        raw: the folder of images.
+        captions: the table.
+        name: of the source.
+        licence: a note on the licence.
+        description: for the data card.
+        salt: secret that goes into the hashes of patients; without one, short identifiers can be guessed.
+        hide_names: store hashes of file names instead of the names, where these identify people.
+    """
+
+    raw: Path = field(repr=False)
+    captions: Path = field(repr=False)
+    name: str = "folder"
+    licence: str = ""
+    description: str = ""
+    salt: str = field(default="", repr=False)
+    hide_names: bool = False
+
+    def items(self) -> Sequence[Row]:
+        """The rows of the table.
+
+        Raises:
+            DataError: for a missing folder or table, an unknown column or modality, or a path that leaves the folder.
+        """
+        if not Path(self.raw).is_dir():
+            raise DataError(f"no folder {self.raw}", "--raw names the folder of the images")
+        return [self._row(values, where) for values, where in read_table(Path(self.captions))]
+
+    def _row(self, values: dict[str, str], where: str) -> Row:
+        file, modality = values.get("file", "").strip(), values.get("modality", "").strip()
+        if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\0" in file:
+            raise DataError(f"{where}: file is {file!r}", "give a path below --raw")
+        if not file.isprintable():
+            raise DataError(
+                f"{where}: the file name is not UTF-8 or has control characters", "rename the file"
+            )
+        if modality and modality not in config.MODALITIES:
+            hint = did_you_mean(modality, config.MODALITIES)
+            raise DataError(
+                f"{where}: modality is {modality!r}.{hint}", f"one of {', '.join(config.MODALITIES)}"
+            )
+        salt = self.salt or self.name
+        return Row(
+            key=hash_patient(file, salt) if self.hide_names else file,
+            split=values.get("split", "").strip() or "train",
+            file=file,
+            captions=_captions(values, where),
+            labels=_labels(values.get("labels", ""), where),
+            modality=modality,
+            patient=hash_patient(values.get("patient", "").strip(), salt),
+            where=where,
+        )
+
+    def example(self, item: Row) -> Example:
+        """Reads one image; its bytes are stored as they are."""
+        path = Path(self.raw) / item.file
+        if path.stat().st_size > limits.MAX_FILE_BYTES:
+            raise Reject("too_large", f"the file has more than {limits.MAX_FILE_BYTES} bytes")
+        return Example(
+            key=item.key,
+            image=path.read_bytes(),
+            captions=item.captions,
+            labels=item.labels,
+            modality=item.modality,
+            patient=item.patient,
+            split=item.split,
+        )
+
+
+def read_table(path: Path) -> Iterator[tuple[dict[str, str], str]]:
+    """Yields (values by column, place) of every row; bytes that are not UTF-8 become lone surrogates.
+
+    Raises:
+        DataError: for a missing or malformed table, or an unknown column.
+    """
+    csv.field_size_limit(limits.MAX_RECORD_BYTES)
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        values = json.loads(line)
+                        _check_columns(values, path)
+                        yield {k: _text(v) for k, v in values.items()}, f"{path.name} line {number}"
+                return
+            reader = csv.DictReader(f, dialect="excel-tab" if path.suffix == ".tsv" else "excel", strict=True)
+            _check_columns(reader.fieldnames or (), path)
+            for values in reader:
+                if None in values or None in values.values():
+                    raise ValueError(f"line {reader.line_num} has another number of columns than the header")
+                yield values, f"{path.name} line {reader.line_num}"
+    except OSError as e:
+        raise DataError(f"cannot read the table {path} ({e.strerror})", "--captions names it") from e
+    except (ValueError, TypeError, AttributeError, csv.Error) as e:
+        raise DataError(f"the table {path} is malformed: {e}", "CSV with a header, in UTF-8") from e
+
+
+def _check_columns(columns: Any, path: Path) -> None:
+    for column in columns:
+        if column not in _COLUMNS and not _NUMBERED.fullmatch(column):
+            raise DataError(
+                f"{path.name}: unknown column {column!r}.{did_you_mean(column, _COLUMNS)}",
+                f"known: {', '.join(_COLUMNS)}, caption2, caption3, ...",
+            )
+    if "file" not in columns:
+        raise DataError(f"{path.name} has no column file", "it names the image below --raw")
+    if not any(c in ("caption", "captions") or _NUMBERED.fullmatch(c) for c in columns):
+        raise DataError(f"{path.name} has no column caption or captions")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+def _captions(values: dict[str, str], where: str) -> tuple[Caption, ...]:
+    kind = values.get("kind", "").strip() or "original"
+    numbered = sorted((int(m[1]), name) for name in values if (m := _NUMBERED.fullmatch(name)))
+    texts = [values[name] for name in ("caption", *(n for _, n in numbered)) if values.get(name)]
+    found = [Caption(text=text, kind=kind) for text in texts]
+    for entry in _json_list(values.get("captions", ""), where):
+        if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+            found.append(Caption(text=entry["text"], kind=str(entry.get("kind", kind))))
+        elif isinstance(entry, str):
+            found.append(Caption(text=entry, kind=kind))
+        else:
+            raise DataError(f"{where}: captions holds {entry!r:.60}", 'texts, or {"text": ..., "kind": ...}')
+    return tuple(found)
+
+
+def _labels(text: str, where: str) -> tuple[str, ...]:
+    if text.lstrip().startswith("["):
+        return tuple(str(label) for label in _json_list(text, where))
+    return tuple(label.strip() for label in text.split(";") if label.strip())
+
+
+def _json_list(text: str, where: str) -> list[Any]:
+    if not text.strip():
+        return []
+    try:
+        values = json.loads(text)
+    except ValueError as e:
+        raise DataError(f"{where}: {text[:40]!r} is no JSON ({e})", 'e.g. ["a chest film", "PA view"]') from e
+    if not isinstance(values, list):
+        raise DataError(f"{where}: {text[:40]!r} is no JSON list", 'e.g. ["a chest film", "PA view"]')
+    return values

@@ -112,12 +112,7 @@ def plan(source: RecordSource, folder: Path, shards: int | None, tokenizer: Toke
         for k in range(n):
             part = ordered[k * len(ordered) // n : (k + 1) * len(ordered) // n]
             items, keys = tuple(item for _, _, item in part), tuple(key for _, key, _ in part)
-            made_from = [
-                _fingerprint(source),
-                tokenizer.digest if tokenizer else "",
-                split,
-                list(map(repr, items)),
-            ]
+            made_from = [tokenizer.digest if tokenizer else "", split, *_made_from(source, items, keys)]
             name = f"unimed-{split}.array_record-{k:05d}-of-{n:05d}"
             jobs.append(
                 Job(path=folder / name, split=split, items=items, keys=keys, digest=_digest(made_from))

@@ -87,41 +87,51 @@ def initialize_distributed(env: Mapping[str, str] | None = None) -> str:
         for key, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
             if variable in env:
                 settings[key] = int(env[variable])
-    timeout = int(env.get("UNIMED_JAX_INIT_TIMEOUT", INIT_TIMEOUT))
+    timeout = float(env.get("UNIMED_JAX_INIT_TIMEOUT", INIT_TIMEOUT))
+    me = (
+        f"process {settings['process_id']} of {settings.get('num_processes', '?')}: "
+        if "process_id" in settings
+        else ""
+    )
+    missing = Fault(
+        f"{me}the processes of this {name} job did not come together within {timeout:g} s",
+        "check that every process started and can reach the coordinator's port",
+    )
+    # The runtime's own time-out ends in an abort with a C++ trace: this timer is a little earlier and says why.
+    alarm = threading.Timer(timeout, end, (missing,))
+    alarm.daemon = True
+    alarm.start()
     try:
         jax.distributed.initialize(
-            initialization_timeout=timeout,
+            initialization_timeout=int(timeout) + 15,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
             **settings,
         )
     except (RuntimeError, ValueError) as e:
-        text = " ".join(str(e).split())[:300]
-        raise Fault(
-            f"the processes of this {name} job did not come together within {timeout} s: {text}",
-            "check that every process started and can reach the coordinator's port",
-        ) from e
+        raise Fault(f"{missing.cause}: {' '.join(str(e).split())[:300]}", missing.remedy) from e
+    finally:
+        alarm.cancel()
     return name
 
 
+def end(error: BaseException) -> NoReturn:
+    """Says why on one line and ends this process at once, with the exit code of the error."""
+    if isinstance(error, UnimedError):
+        say(error.line())
+        leave(error.exit_code)
+    if isinstance(error, SystemExit):
+        leave(error.code if isinstance(error.code, int) else 1)
+    sys.__excepthook__(type(error), error, error.__traceback__)
+    say(f"{type(error).__name__} on process {_process_index()}: {' '.join(str(error).split())[:300]}")
+    leave(Fault.exit_code)
+
+
 def die_alone(multi: bool) -> None:
-    """In a multi-process run, makes any uncaught exception end this process at once instead of in a barrier.
-
-    A refusal prints its line and exits with its own code, anything else prints one line, its traceback, and exits 70.
-    """
-    if not multi:
-        return
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if isinstance(error, UnimedError):
-            say(error.line())
-            leave(error.exit_code)
-        sys.__excepthook__(kind, error, trace)
-        say(f"{kind.__name__} on process {_process_index()}: {' '.join(str(error).split())[:300]}")
-        leave(Fault.exit_code)
-
-    sys.excepthook = hook
-    threading.excepthook = lambda a: hook(a.exc_type, a.exc_value or a.exc_type(), a.exc_traceback)
+    """In a multi-process run, makes any uncaught exception end this process at once instead of in a barrier."""
+    if multi:
+        sys.excepthook = lambda kind, error, trace: end(error)
+        threading.excepthook = lambda a: end(a.exc_value or a.exc_type())
 
 
 def _process_index() -> int:

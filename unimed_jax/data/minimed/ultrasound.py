@@ -62,7 +62,7 @@ def pictures(root: dict[str, Path]) -> Iterator[Picture]:
             )
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=5)
 def _frames(path: Path) -> np.ndarray:
     """All frames of a clip as u8[n h w] or u8[n h w 3]."""
     from pydicom.pixels.processing import apply_color_lut

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,15 +171,26 @@ def make_optimizer(
     )
 
 
+class RateState(NamedTuple):
+    """The learning rate of the last update, kept for the log."""
+
+    lr: jax.Array
+
+
 def _scale_by_rate(
     rate: Callable[[Any], jax.Array], factors: Params
 ) -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params=None, *, step: Any = None, **extra):
-        del params, extra
+        del state, params, extra
         lr = rate(step)
-        return jax.tree.map(lambda u, f: -lr * f * u, updates, factors), state
+        return jax.tree.map(lambda u, f: -lr * f * u, updates, factors), RateState(lr)
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: RateState(jnp.zeros((), jnp.float32)), update)
+
+
+def current_rate(opt_state: Any) -> jax.Array:
+    """The learning rate that the update behind this state of `make_optimizer` used."""
+    return opt_state[-1].lr
 
 
 def clamp(params: Params, o: config.Optim) -> Params:

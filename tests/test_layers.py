@@ -17,7 +17,7 @@ ROWS = [
     ["quickstart"],
     ["train.loop", "train.plan", "evaluate.report", "evaluate.plots"],
     ["evaluate.zeroshot", "evaluate.references"],
-    ["infer"],
+    ["infer", "model_folder"],
     ["train.checkpoint", "convert"],
     ["models", "parallel", "train"],
     ["data.pipeline"],

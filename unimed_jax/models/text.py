@@ -54,9 +54,21 @@ class Text(nnx.Module):
             self.proj = head
 
     def __call__(
-        self, tokens: Int[Array, "b t"], *, key: PRNGKeyArray | None = None, shards: int = 1
+        self,
+        tokens: Int[Array, "b t"] | Float[Array, "b w"],
+        *,
+        key: PRNGKeyArray | None = None,
+        shards: int = 1,
     ) -> Float[Array, "b d"]:
-        """Text embeddings, not normalised.
+        """Text embeddings, not normalised: the projection of `features`, or of features computed before."""
+        floats = jnp.issubdtype(tokens.dtype, jnp.floating)
+        x = tokens if floats else self.features(tokens, key=key, shards=shards)
+        return (self.proj(x) if hasattr(self, "proj") else x).astype(jnp.float32)
+
+    def features(
+        self, tokens: Int[Array, "b t"], *, key: PRNGKeyArray | None = None, shards: int = 1
+    ) -> Float[Array, "b w"]:
+        """The pooled token before the projection.
 
         Args:
             tokens: ids, padded at the end; t may be any width up to the position table.
@@ -71,12 +83,10 @@ class Text(nnx.Module):
                 f"tokens have shape {tokens.shape}", f"(batch, at most {self.max_positions}) for this model"
             )
         if any(width < tokens.shape[1] for width, _ in self.groups):
-            x = self._grouped(tokens, key, shards)
-        else:
-            x = self._features(tokens, key, self.compute)
-        return (self.proj(x) if hasattr(self, "proj") else x).astype(jnp.float32)
+            return self._grouped(tokens, key, shards)
+        return self._at_width(tokens, key, self.compute)
 
-    def _features(
+    def _at_width(
         self, tokens: Int[Array, "b t"], key: PRNGKeyArray | None, compute: Compute
     ) -> Float[Array, "b w"]:
         """Pooled features before the projection, every row at the width of `tokens`."""
@@ -119,7 +129,7 @@ class Text(nnx.Module):
     def _grouped(
         self, tokens: Int[Array, "b t"], key: PRNGKeyArray | None, shards: int
     ) -> Float[Array, "b w"]:
-        """Encodes each row at the narrowest width that its rank by length allows; equal to `_features`.
+        """Encodes each row at the narrowest width that its rank by length allows; equal to `_at_width`.
 
         Rows are sorted within each shard, so that nothing but one predicate crosses devices. If some row does not
         fit its group's width, the whole batch takes the plain path: static shapes, one compilation, always exact.
@@ -139,13 +149,13 @@ class Text(nnx.Module):
             out = []
             for (width, i, j), k in zip(parts, layers.split(key, len(parts)), strict=True):
                 part = sorted_tokens[:, i:j, :width].reshape(-1, min(width, t))
-                out.append(self._features(part, k, self.compute).reshape(shards, j - i, -1))
+                out.append(self._at_width(part, k, self.compute).reshape(shards, j - i, -1))
             x = jnp.concatenate(out, axis=1)
             return jnp.take_along_axis(x, jnp.argsort(order, axis=1)[..., None], axis=1).reshape(b, -1)
 
         # The rare path recomputes in the backward pass: its activations would otherwise be allocated in every step.
         full_compute = dataclasses.replace(self.compute, remat="full")
-        whole = jax.checkpoint(lambda tokens, _: self._features(tokens.reshape(b, t), key, full_compute))
+        whole = jax.checkpoint(lambda tokens, _: self._at_width(tokens.reshape(b, t), key, full_compute))
         return jax.lax.cond(fits, narrow, whole, by_shard, order)
 
 

@@ -67,8 +67,15 @@ class Vision(nnx.Module):
         if head := projection(c.proj, width, embed_dim, compute=compute, rngs=rngs):
             self.proj = head
 
-    def __call__(self, images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-        """Image embeddings, not normalised; uint8 pictures are normalised here, floats are taken as they are.
+    def __call__(
+        self, images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"] | Float[Array, "b w"]
+    ) -> Float[Array, "b d"]:
+        """Image embeddings, not normalised: the projection of `features`, or of features computed before."""
+        x = images if images.ndim == 2 else self.features(images)
+        return (self.proj(x) if hasattr(self, "proj") else x).astype(jnp.float32)
+
+    def features(self, images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]) -> Float[Array, "b w"]:
+        """The pooled token before the projection; uint8 pictures are normalised here, floats taken as they are.
 
         Raises:
             UsageError: for another shape than [b, image_size, image_size, 3] or another dtype.
@@ -92,8 +99,7 @@ class Vision(nnx.Module):
         rows = 0 if self.pool == "cls" else None
         x = layers.run_blocks(self.blocks, x, depth=self.depth, compute=self.compute, rows=rows)
         x = x[:, 0] if self.pool == "cls" else x[:, 1:].astype(jnp.float32).mean(axis=1)
-        x = self.ln_post(x)
-        return (self.proj(x) if hasattr(self, "proj") else x).astype(jnp.float32)
+        return self.ln_post(x)
 
 
 class Patch(nnx.Module):

@@ -26,6 +26,7 @@ _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}
 _CLIP_MERGES = 49152 - 256 - 2  # merges of OpenAI's vocabulary file that its model uses
 _FILES = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
 _SPACE = re.compile(r"\s+")
+_PLAIN = re.compile(r"[ -%'-~\t\n\r]*")  # printable ASCII without "&", which starts an entity
 
 
 def clean(text: str) -> str:
@@ -35,8 +36,8 @@ def clean(text: str) -> str:
         >>> clean("  chest &amp;amp; abdomen\n CT ")
         'chest & abdomen CT'
     """
-    # Printable ASCII without entities has nothing to mend, and ftfy costs more than the whole tokenizer.
-    if "&" in text or not (text.isascii() and _SPACE.sub(" ", text).isprintable()):
+    # Plain text has nothing to mend, and ftfy costs more than the whole tokenizer.
+    if not _PLAIN.fullmatch(text):
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -231,24 +232,31 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: str | os.Path
         texts: captions; cleaned here.
         vocab_size: entries at most, the five special tokens included.
         folder: where `tokenizer.json` goes.
-    """
-    from tokenizers import trainers
 
-    backend = _wordpiece({"[UNK]": 0})
-    normalize, split = backend.normalizer.normalize_str, backend.pre_tokenizer.pre_tokenize_str
+    Raises:
+        DataError: if not even the letters fit.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, trainers
+
+    rules = _wordpiece({"[UNK]": 0})
+    normalize, split = rules.normalizer.normalize_str, rules.pre_tokenizer.pre_tokenize_str
     words = [word for text in texts for word, _ in split(normalize(clean(text)))]
     letters = sorted(set("".join(words)))
     # The trainer numbers letters in the order of a randomly seeded hash table, and breaks ties between merges by
     # number; naming all letters beforehand makes it deterministic.
     known = [*_BERT_SPECIALS, *letters, *("##" + c for c in letters)]
-    backend.normalizer = None
+    if len(known) > vocab_size:
+        raise DataError(
+            f"a vocabulary of {vocab_size} is too small for {len(letters)} letters", f"{len(known)} or more"
+        )
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=known, show_progress=False)
     backend.train_from_iterator(words, trainer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    backend = _wordpiece(
-        {word: i for i, word in enumerate(sorted(backend.get_vocab(), key=backend.token_to_id))}
-    )
+    learned = backend.get_vocab()
+    backend = _wordpiece({word: i for i, word in enumerate(sorted(learned, key=learned.__getitem__))})
     beside = folder / f".tokenizer.{os.getpid()}.json"
     beside.write_text(backend.to_str(), encoding="utf-8")
     os.replace(beside, folder / "tokenizer.json")

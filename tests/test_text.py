@@ -1,0 +1,261 @@
+"""data/text.py: ids equal to transformers', the reference's cleaning, one file and one digest."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import random
+import re
+import subprocess
+import sys
+
+import ftfy
+import numpy as np
+import pytest
+
+from unimed_jax.data import text
+from unimed_jax.data.text import Tokenizer, clean, load_tokenizer, train_wordpiece
+from unimed_jax.errors import DataError
+
+CAPTIONS = [
+    "Frontal chest X-ray showing a 12mm nodule in the left upper lobe.",
+    "Axial CT of the abdomen, portal-venous phase; no free fluid.",
+    "H&E stained section: poorly differentiated adenocarcinoma (Ki-67 > 80%).",
+    "Fundus photograph of the right eye with micro-aneurysms and exudates.",
+    "T2-weighted MRI, coronal plane, of a 54-year-old woman's brain.",
+]
+ODD = [
+    "",
+    "   ",
+    "ÜBERMÄSSIG große Läsion, naïve coöperation",
+    "胸部X線写真 with 肺炎",
+    "Ελληνικά кириллица العربية עברית हिन्दी",
+    "emoji 😀🏥 and zero\u200bwidth, soft\u00adhyphen",
+    "tabs\tand\nnew\r\nlines\u00a0nbsp",
+    "punct!!! ... '' \"\" (((nested)))—dash–dash",
+    "a" * 150 + " long",
+    "word " * 300,
+    "ﬁbrosis ﬂow ½ ² µm Å",
+    "it's they're I'll you've he'd we'm",
+    "[CLS] literal [SEP] [MASK] specials",
+    "<|startoftext|> and <|endoftext|>",
+    "CamelCase123 4567.89 10^6/µL",
+]
+
+MERGES = "t h|th e</w>|c h|e s|ch es|ches t</w>|i n|in g</w>|x r|a y</w>|xr ay</w>|l u|lu n|lun g</w>|o f</w>|1 2</w>"
+
+
+@pytest.fixture(scope="module")
+def bert_vocab(tmp_path_factory):
+    """A WordPiece vocabulary in BERT's file format, with letters of many scripts and its specials out of order."""
+    words = sorted({w for c in CAPTIONS for w in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", c.lower())})
+    letters = sorted(set("".join(CAPTIONS + ODD).lower()) - set(" \t\n\r\u00a0"))
+    tokens = ["[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    tokens += [t for c in letters for t in (c, "##" + c) if t not in tokens]
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    path.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip_merges(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "bpe_simple_vocab_16e6.txt.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as f:
+        f.write('"#version: 0.2\n' + MERGES.replace("|", "\n") + "\n")
+    return path
+
+
+def padded(ids, n, pad):
+    return np.array(ids + [pad] * (n - len(ids)), np.int32)
+
+
+@pytest.mark.parametrize("n", [8, 64, 256])
+def test_bert_ids_equal_transformers(bert_vocab, n):
+    from transformers import BertTokenizer
+
+    ours, theirs = Tokenizer(bert_vocab), BertTokenizer.from_pretrained(bert_vocab.parent)
+    assert (ours.first_id, ours.last_id, ours.pad_id) == (3, 4, 0)  # from the vocabulary, not 101 and 102
+    got = ours.encode(CAPTIONS + ODD, n)
+    assert got.dtype == np.int32
+    assert got.shape == (len(CAPTIONS + ODD), n)
+    for row, caption in zip(got, CAPTIONS + ODD, strict=True):
+        want = theirs(clean(caption), max_length=n, padding="max_length", truncation=True)["input_ids"]
+        np.testing.assert_array_equal(row, want, err_msg=caption)
+    assert ours.vocab_size == len(theirs)
+
+
+@pytest.mark.parametrize("n", [8, 77])
+def test_clip_ids_equal_transformers(clip_merges, n):
+    from transformers import CLIPTokenizer
+
+    ours = Tokenizer(clip_merges)
+    theirs = CLIPTokenizer(
+        vocab=ours._tokenizer.get_vocab(), merges=[tuple(m.split(" ")) for m in MERGES.split("|")]
+    )
+    assert ours.kind == "clip"
+    assert ours.vocab_size == 512 + 16 + 2
+    assert (ours.first_id, ours.last_id, ours.pad_id) == (528, 529, 0)
+    for row, caption in zip(ours.encode(CAPTIONS + ODD, n), CAPTIONS + ODD, strict=True):
+        ids = theirs(clean(caption), max_length=n, truncation=True)["input_ids"]
+        np.testing.assert_array_equal(row, padded(ids, n, 0), err_msg=caption)
+        if "<|" not in caption:
+            assert (
+                row.argmax() == len(ids) - 1
+            )  # the end of the text is the largest id, also after truncation
+
+
+def test_clip_alphabet_is_gpt2s():
+    letters = text._byte_letters()
+    assert len(set(letters)) == 256
+    assert letters[:3] == ["!", '"', "#"]
+    assert letters[188] == "Ā"  # byte 0
+    assert letters.index("Ġ") == 188 + 32  # a space
+
+
+@pytest.mark.assets
+def test_real_minilm_vocabulary_equals_transformers(assets):
+    from transformers import BertTokenizer
+
+    folder = assets / "minilm"
+    ours, theirs = Tokenizer(folder / "tokenizer.json"), BertTokenizer.from_pretrained(folder)
+    assert (ours.vocab_size, ours.first_id, ours.last_id) == (30522, 101, 102)
+    for row, caption in zip(ours.encode(CAPTIONS + ODD, 64), CAPTIONS + ODD, strict=True):
+        want = theirs(clean(caption), max_length=64, padding="max_length", truncation=True)["input_ids"]
+        np.testing.assert_array_equal(row, want, err_msg=caption)
+    assert Tokenizer(folder / "vocab.txt").digest == ours.digest
+
+
+@pytest.mark.parametrize("kind", ["bert_vocab", "clip_merges"])
+def test_saved_as_one_file_with_the_same_digest_and_ids(kind, request, tmp_path):
+    first = Tokenizer(request.getfixturevalue(kind))
+    path = first.save(tmp_path / "a folder")
+    assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
+    again = Tokenizer(path.parent)
+    assert again.digest == first.digest
+    assert (again.kind, again.pad_id, again.vocab_size) == (first.kind, first.pad_id, first.vocab_size)
+    np.testing.assert_array_equal(again.encode(CAPTIONS + ODD, 40), first.encode(CAPTIONS + ODD, 40))
+    pickled = pickle.loads(pickle.dumps(again))
+    np.testing.assert_array_equal(pickled.encode(ODD, 40), first.encode(ODD, 40))
+
+
+def test_swapped_lines_change_the_digest(bert_vocab, tmp_path):
+    lines = bert_vocab.read_text(encoding="utf-8").splitlines()
+    lines[20], lines[21] = lines[21], lines[20]
+    (tmp_path / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert Tokenizer(tmp_path).digest != Tokenizer(bert_vocab).digest
+
+
+def test_truncation_and_padding_stored_in_a_file_do_not_matter(bert_vocab, tmp_path):
+    first = Tokenizer(bert_vocab)
+    spec = json.loads(first.save(tmp_path).read_text(encoding="utf-8"))
+    spec["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    again = Tokenizer(tmp_path)
+    assert again.digest == first.digest
+    np.testing.assert_array_equal(again.encode(CAPTIONS, 40), first.encode(CAPTIONS, 40))
+
+
+def test_count_is_the_length_before_truncation(bert_vocab, clip_merges):
+    for tokenizer in (Tokenizer(bert_vocab), Tokenizer(clip_merges)):
+        for caption in CAPTIONS + ODD:
+            ids = tokenizer.encode([caption], 2000)[0]
+            assert tokenizer.count(caption) == int(np.flatnonzero(ids == tokenizer.last_id)[-1]) + 1
+        assert tokenizer.count("") == 2
+
+
+def test_cased_vocabulary(bert_vocab, tmp_path):
+    (tmp_path / "vocab.txt").write_bytes(bert_vocab.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    cased, uncased = Tokenizer(tmp_path), Tokenizer(bert_vocab)
+    assert (cased.encode(["chest"], 8) == uncased.encode(["CHEST"], 8)).all()
+    assert (cased.encode(["CHEST"], 8) != uncased.encode(["CHEST"], 8)).any()
+    assert cased.digest != uncased.digest
+
+
+def reference_clean(value):
+    """OpenCLIP's basic_clean and whitespace_clean, as REFERENCE 1.8 describes them."""
+    import html
+
+    value = html.unescape(html.unescape(ftfy.fix_text(value))).strip()
+    return re.sub(r"\s+", " ", value).strip()
+
+
+@pytest.mark.parametrize(
+    ("dirty", "expected"),
+    [
+        ("schÃ¶n", "schön"),
+        ("&amp;lt;b&amp;gt;", "<b>"),
+        ("  a \n\t b  ", "a b"),
+        ("Crohn\x92s", "Crohn's"),
+        ("Keeps CASE", "Keeps CASE"),
+        ("\x1b[31mred", "red"),
+    ],
+)
+def test_clean(dirty, expected):
+    assert clean(dirty) == expected == reference_clean(dirty)
+
+
+def test_the_fast_road_of_clean_equals_the_whole_one():
+    rng = random.Random(0)
+    ascii_soup = [chr(i) for i in range(128)] + ["&amp;", "&#39;", "<b>", "\r\n", "  "] * 5
+    mixed = [*ascii_soup, "ä", "Ã¶", "\u2019", "\u00a0", "中"]
+    for alphabet in (ascii_soup, mixed, "abc xyz,.-\n\t", "ab \x1c\x1f\x0b\x0c"):
+        for _ in range(400):
+            value = "".join(rng.choice(alphabet) for _ in range(rng.randrange(30)))
+            assert clean(value) == reference_clean(value), repr(value)
+
+
+def test_trained_wordpiece_is_the_same_in_every_process(tmp_path):
+    code = (
+        "import sys\nfrom unimed_jax.data.text import train_wordpiece\n"
+        f"print(train_wordpiece({CAPTIONS!r} * 3, 150, sys.argv[1]).digest)"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / str(i))],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+        for i in range(3)
+    ]
+    assert len(set(runs)) == 1
+    assert (tmp_path / "0" / "tokenizer.json").read_bytes() == (
+        tmp_path / "2" / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_trained_wordpiece_learns_whole_words(tmp_path):
+    tokenizer = train_wordpiece(
+        ["chest radiograph", "chest film", "chest radiograph of a child"] * 20, 90, tmp_path
+    )
+    assert tokenizer.vocab_size <= 90
+    assert (tokenizer.pad_id, tokenizer.first_id, tokenizer.last_id) == (0, 2, 3)
+    assert tokenizer.count("Chest radiograph") == 4
+    assert tokenizer.count("xyz") == 3  # letters never seen: one unknown word
+    assert load_tokenizer(tmp_path).digest == tokenizer.digest
+
+
+def test_a_vocabulary_too_small_for_the_letters_is_refused(tmp_path):
+    with pytest.raises(DataError, match="too small for"):
+        train_wordpiece(CAPTIONS, 20, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals_are_one_clear_line(tmp_path):
+    with pytest.raises(DataError, match="no tokenizer at"):
+        Tokenizer(tmp_path / "missing.json")
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.txt").write_text("just\nwords\n")
+    with pytest.raises(DataError, match=r"has no \[PAD\]"):
+        Tokenizer(tmp_path)
+    (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        Tokenizer(tmp_path)

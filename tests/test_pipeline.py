@@ -22,7 +22,7 @@ from unimed_jax import config
 from unimed_jax.data import export, pipeline, shards, text, workers
 from unimed_jax.data.blocks import Blocks, caption_id
 from unimed_jax.data.images import eval_image
-from unimed_jax.data.mixture import Draw, Mixture, draws_per_epoch, generator, permute
+from unimed_jax.data.mixture import Draw, Mixture, draws_per_epoch, generator, keys_of, permute
 from unimed_jax.data.phantom import Phantom
 from unimed_jax.data.record import Caption
 from unimed_jax.errors import DataError, UsageError
@@ -35,13 +35,36 @@ SIZE = 16  # pixels: these tests are about order, not about pictures
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 1000])
 def test_permutation_is_a_bijection_that_depends_on_the_seed(n):
-    orders = [[permute(i, n, seed) for i in range(n)] for seed in range(20)]
-    assert all(sorted(o) == list(range(n)) for o in orders)
+    orders = np.array([[permute(i, n, keys_of(seed, "test", 0)) for i in range(n)] for seed in range(20)])
+    assert (np.sort(orders, axis=1) == np.arange(n)).all()
     if n >= 100:
         assert len({tuple(o) for o in orders}) == 20
-        # Not the identity in disguise: neighbours go apart, and each place gets every part of the data.
-        steps = np.abs(np.diff(orders, axis=1)).mean()
-        assert 0.25 * n < steps < 0.42 * n  # a third of n for a random order
+        # Not the identity in disguise: neighbours are as far apart as in a random order, a third of n.
+        assert abs(np.abs(np.diff(orders, axis=1)).mean() - n / 3) < 0.03 * n
+        assert (np.diff(orders, axis=1) == 1).sum() < 60  # 20 in expectation
+
+
+@pytest.mark.parametrize("n", [2, 6, 13])
+def test_every_place_is_as_likely_for_every_index(n):
+    seeds = 3000
+    orders = np.array([[permute(i, n, keys_of(s, "test", 1)) for i in range(n)] for s in range(seeds)])
+    counts = np.stack([(orders == place).sum(axis=0) for place in range(n)])
+    chi2 = ((counts - seeds / n) ** 2 / (seeds / n)).sum()
+    free = (n - 1) ** 2
+    assert chi2 < free + 5 * np.sqrt(2 * free)
+    # Pairs of neighbours, too: no index follows another in the order more often than by chance.
+    pairs = collections.Counter((a, b) for o in orders for a, b in itertools.pairwise(o.tolist()))
+    expected = seeds * (n - 1) / (n * (n - 1))
+    assert max(abs(c - expected) for c in pairs.values()) < 5.5 * np.sqrt(expected)
+
+
+def test_permutation_of_a_very_large_set_stays_inside_and_is_quick():
+    keys = keys_of(0, "large", 0)
+    n = 3_000_000_017
+    found = [permute(i, n, keys) for i in range(2000)]
+    assert len(set(found)) == 2000
+    assert 0 <= min(found) < 0.01 * n
+    assert 0.99 * n < max(found) < n
 
 
 def mix(sizes=(30, 7, 100), weights=(1.0, 1.0, 1.0), mode="size", seed=3) -> Mixture:

@@ -15,10 +15,10 @@ import pytest
 ROWS = [
     ["cli"],
     ["quickstart"],
-    ["train.loop", "train.plan", "evaluate.report", "evaluate.plots"],
+    ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
     ["evaluate.zeroshot", "evaluate.references"],
     ["infer", "model_folder"],
-    ["train.checkpoint", "convert"],
+    ["train.checkpoint", "train.assemble", "convert"],
     ["models", "parallel", "train"],
     ["data.pipeline"],
     ["data", "evaluate"],

@@ -8,7 +8,6 @@ change of any single element always shows. It is a check against accidents, not 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from unimed_jax.errors import DataError
+from unimed_jax.parallel import leaf_path
 
 _SALTS = (0x9E3779B9, 0x85EBCA6B)
 
@@ -28,15 +28,7 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
         >>> leaf_paths({"a": {"b": 1}, "c": (2, 3)})
         {'a/b': 1, 'c/0': 2, 'c/1': 3}
     """
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(_key(k) for k in path): leaf for path, leaf in flat}
-
-
-def _key(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _words(x: Any) -> UInt32[Array, "..."]:
@@ -58,6 +50,7 @@ def _mix(i: UInt32[Array, "..."], salt: int) -> UInt32[Array, "..."]:
     return (h ^ (h >> 16)) | jnp.uint32(1)
 
 
+@jax.jit  # one program per shape and sharding: moments share those of their parameters
 def _sums(x: Any) -> UInt32[Array, "2"]:
     words = _words(x)
     position = jnp.zeros(words.shape, jnp.uint32)
@@ -70,11 +63,6 @@ def _sums(x: Any) -> UInt32[Array, "2"]:
     return jnp.stack([jnp.sum(words * _mix(position, salt), dtype=jnp.uint32) for salt in _SALTS])
 
 
-@functools.partial(jax.jit)
-def _all_sums(leaves: list[Any]) -> UInt32[Array, "n 2"]:
-    return jnp.stack([_sums(x) for x in leaves])
-
-
 def fingerprint(tree: Any) -> dict[str, str]:
     """One fingerprint per leaf: "dtype[shape]:16 hex digits", the same for every sharding of the same values.
 
@@ -83,9 +71,7 @@ def fingerprint(tree: Any) -> dict[str, str]:
         True
     """
     leaves = leaf_paths(tree)
-    if not leaves:
-        return {}
-    sums = np.asarray(_all_sums(list(leaves.values())))
+    sums = jax.device_get([_sums(x) for x in leaves.values()])
     return {
         path: f"{describe(leaf)}:{int(a):08x}{int(b):08x}"
         for (path, leaf), (a, b) in zip(leaves.items(), sums, strict=True)

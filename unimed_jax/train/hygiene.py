@@ -267,7 +267,7 @@ def compilation_cache(env: Mapping[str, str] | None = None) -> Path | None:
         say(f"no compilation cache in {folder}: {e.strerror}")
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
 
 

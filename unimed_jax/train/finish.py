@@ -1,0 +1,55 @@
+"""What a run leaves for others: the model folder, and zero-shot evaluations during and after training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from unimed_jax.infer import Loaded
+from unimed_jax.train import run_folder
+from unimed_jax.train.assemble import Parts
+
+_DONE = "finished.json"
+
+
+def export(parts: Parts, params: Any, workdir: Path) -> Path:
+    """Writes `workdir/model`: config.json, model.safetensors, tokenizer.json."""
+    folder = workdir / "model"
+    _loaded(parts, params).save(folder, force=True, extra={"run": parts.cfg.name, "steps": parts.total_steps})
+    return folder
+
+
+def mark_exported(workdir: Path, step: int) -> None:
+    """Notes that everything after step `step` is done, so that the same command again does nothing."""
+    if jax.process_index() == 0:
+        run_folder.write_json(workdir / _DONE, {"step": step})
+
+
+def is_exported(workdir: Path, step: int) -> bool:
+    """Whether the run ended with this step and its model folder stands."""
+    try:
+        done = json.loads((workdir / _DONE).read_text())
+    except (OSError, ValueError):
+        return False
+    return done == {"step": step} and (workdir / "model" / "config.json").is_file()
+
+
+def evaluate(parts: Parts, params: Any, workdir: Path, step: int) -> dict[str, float]:
+    """Zero-shot evaluation on `cfg.eval`; results go to workdir/eval/step_N, the main figures are returned.
+
+    Returns:
+        {"eval/SOURCE/TASK": value of the task's metric}; empty when no task is named.
+    """
+    e = parts.cfg.eval
+    if not e.tasks:
+        return {}
+    raise AssertionError("evaluator")
+
+
+def _loaded(parts: Parts, params: Any) -> Loaded:
+    return Loaded(
+        parts.cfg.model, params, parts.tokenizer, mesh=parts.mesh, batch_size=parts.cfg.eval.batch_size
+    )

@@ -83,6 +83,8 @@ def _build(args: argparse.Namespace) -> int:
             raise UsageError(f"--set {entry} is not KEY=VALUE")
         options[key.strip().replace("-", "_")] = value
     source = open_source(args.source, options)
+    if (prepare := getattr(source, "prepare", None)) is not None:  # minimed fetches its packages
+        prepare(lambda line: print(line, file=sys.stderr, flush=True))
     max_bad = limits.MAX_BAD_SHARE if args.max_bad is None else args.max_bad
     with _Progress() as progress:
         manifest = export.export(

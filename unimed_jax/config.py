@@ -144,6 +144,10 @@ class Data:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: bool = False  # the reference has none: left and right matter in medicine
     color_jitter: float = 0.0  # brightness and contrast strength; 0 = off, as the reference
+    views: int = 0  # fixed crops a record, used in turn and equal for every seed; 0 = a fresh crop each epoch
+    # Folder for the features of frozen towers, computed once instead of every step (LiT, arXiv 2111.07991). Exact:
+    # the same losses as without. Needs views > 0 for a frozen vision tower. Empty = off.
+    features: str = ""
     workers: int = 0  # reader processes; 0 = threads in this process
     threads: int = 4  # reader threads a process
     prefetch: int = 2  # batches kept ready on the device
@@ -368,6 +372,12 @@ def validate(c: Train) -> Train:
     _require(0 < low <= high <= 1, f"data.crop_scale is {c.data.crop_scale}", "0 < low <= high <= 1")
     _require(0 < c.data.crop_ratio[0] <= c.data.crop_ratio[1], f"data.crop_ratio is {c.data.crop_ratio}")
     _require(c.data.workers >= 0 and c.data.threads >= 1, "data.workers must be >= 0 and data.threads >= 1")
+    _require(c.data.views >= 0, f"data.views is {c.data.views}")
+    _require(
+        not c.data.features or c.model.text.dropout == 0 or not any(map(_freezes_text, o.freeze)),
+        f"data.features with a frozen text tower and model.text.dropout {c.model.text.dropout}",
+        "set model.text.dropout=0: features are computed once",
+    )
     for s in c.data.sources:
         _require(bool(s.name), "a source in data.sources has no name")
         _require(s.weight > 0, f"source {s.name} has weight {s.weight}", "leave it out instead")
@@ -375,6 +385,10 @@ def validate(c: Train) -> Train:
         _require(n == -1 or n >= 1, f"mesh.{axis} is {n}", "-1 or at least 1")
     _require(c.mesh.data != -1 or c.mesh.fsdp != -1, "mesh.data and mesh.fsdp cannot both be -1")
     return c
+
+
+def _freezes_text(pattern: str) -> bool:
+    return re.fullmatch(pattern, "text/word") is not None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Blocks:
     first_row: int  # of this process within the global batch
     rows: int  # of this process
     block: int  # rows a block
+    views: int = 0  # fixed crops a record; 0 = a fresh one each epoch
     per_step: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,13 +89,32 @@ class Blocks:
         Raises:
             DataError: naming the source, the record and its key.
         """
-        source, name, seed = self.sources[draw.source], self.mixture.names[draw.source], self.mixture.seed
-        example = read_record(source, draw.record, name)
-        with blaming(source, draw.record, name, example.key):
-            rng = mixture.generator(seed, name, draw, "caption")
-            text = example.captions[captions.draw(example.captions, self.policies[draw.source], rng)].text
+        example = read_record(self.sources[draw.source], draw.record, self.mixture.names[draw.source])
+        return self.picture(example, draw), self.caption(example, draw)
+
+    def picture(self, example: Example, draw: mixture.Draw) -> UInt8[np.ndarray, "h w 3"]:
+        """The crop of a draw. With fixed views it depends neither on the seed nor on more of the epoch than the view.
+
+        Raises:
+            DataError: naming the source, the record and its key.
+        """
+        name, seed = self.mixture.names[draw.source], self.mixture.seed
+        if self.views:
+            draw, seed = draw._replace(epoch=draw.epoch % self.views), 0
+        with blaming(self.sources[draw.source], draw.record, name, example.key):
             rng = mixture.generator(seed, name, draw, "image")
-            return images.train_image(example.image, self.image_size, rng, **self.transform), text
+            return images.train_image(example.image, self.image_size, rng, **self.transform)
+
+    def caption(self, example: Example, draw: mixture.Draw) -> str:
+        """The caption of a draw.
+
+        Raises:
+            DataError: naming the source, the record and its key.
+        """
+        name = self.mixture.names[draw.source]
+        with blaming(self.sources[draw.source], draw.record, name, example.key):
+            rng = mixture.generator(self.mixture.seed, name, draw, "caption")
+            return example.captions[captions.draw(example.captions, self.policies[draw.source], rng)].text
 
 
 def read_record(source: Records, index: int, name: str) -> Example:

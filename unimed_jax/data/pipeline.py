@@ -142,6 +142,7 @@ def make(
             "hflip": data.hflip,
             "jitter": data.color_jitter,
         },
+        views=data.views,
         batch_size=cfg.batch_size,
         first_row=process_index * rows,
         rows=rows,

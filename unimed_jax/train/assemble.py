@@ -16,7 +16,7 @@ from unimed_jax.data import pipeline
 from unimed_jax.data.text import Tokenizer, load_tokenizer
 from unimed_jax.errors import UsageError
 from unimed_jax.models import clip
-from unimed_jax.train import checkpoint, optim, run_folder, step
+from unimed_jax.train import checkpoint, features, hygiene, optim, run_folder, step
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class Parts(Built):
     """
 
     tokenizer: Tokenizer
-    data: pipeline.Pipeline
+    data: pipeline.Pipeline | features.FeaturePipeline
     total_steps: int
     digests: dict[str, Any]
 
@@ -87,13 +87,18 @@ def assemble(cfg: config.Train) -> Parts:
     run_folder.refuse_other_tokenizer(cfg, tokenizer, sources)
     total = cfg.duration.steps_for(batch_size=cfg.batch_size, epoch_examples=data.epoch_examples)
     built = assemble_model(cfg, mesh, total, data.epoch_examples)
-    return Parts(
+    parts = Parts(
         **{f.name: getattr(built, f.name) for f in dataclasses.fields(built)},
         tokenizer=tokenizer,
         data=data,
         total_steps=total,
         digests={"tokenizer": tokenizer.digest, "manifests": run_folder.manifests(sources)},
     )
+    if features.towers_of(cfg, built.params):
+        # Only the frozen towers are read, and those are the same in every state of the run.
+        params = first_params(parts)
+        parts.data = features.precompute(cfg, data, params, parts.digests, tell=hygiene.say)
+    return parts
 
 
 def assemble_model(
@@ -121,16 +126,23 @@ def first_state(parts: Parts, report: Callable[[str], None] | None = None) -> di
     Raises:
         DataError: for initial weights that do not fit.
     """
-    cfg = parts.cfg
     place = jax.tree.map(lambda x: x.sharding, parts.state)
-    init = jax.jit(lambda key: clip.init(cfg.model, key), out_shardings=place["params"])
-    params = init(jax.random.key(cfg.seed))
+    create = jax.jit(
+        lambda p: step.create_state(parts.cfg, p, parts.tx), out_shardings=place, donate_argnums=0
+    )
+    return create(first_params(parts, report))
+
+
+def first_params(parts: Built, report: Callable[[str], None] | None = None) -> clip.Params:
+    """The parameters of `first_state`."""
+    cfg = parts.cfg
+    place = jax.tree.map(lambda x: x.sharding, parts.state["params"])
+    params = jax.jit(lambda key: clip.init(cfg.model, key), out_shardings=place)(jax.random.key(cfg.seed))
     if cfg.init.model or cfg.init.vision or cfg.init.text:
         from unimed_jax.convert.native import init_from
 
         params = init_from(cfg, params, report=report)
-    create = jax.jit(lambda p: step.create_state(cfg, p, parts.tx), out_shardings=place, donate_argnums=0)
-    return create(params)
+    return params
 
 
 def compiled_step(
@@ -151,6 +163,10 @@ def abstract_batch(cfg: config.Train, mesh: jax.sharding.Mesh) -> dict[str, jax.
         "mask": ((b,), jnp.bool_),
         "caption_id": ((b,), jnp.int32),
     }
+    widths = features.widths(cfg, clip.skeleton(cfg.model)[1]) if cfg.data.features else {}
+    for tower, name in (("vision", "image"), ("text", "tokens")):
+        if tower in widths:
+            shapes[name] = ((b, widths[tower]), jnp.float32)
     rows = parallel.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.items()

@@ -202,10 +202,14 @@ def _write_all(
             todo.append(job)
         else:
             ended(job, sidecar)
-    for job, sidecar in pool.run(_work, (source, tokenizer), todo, workers):
-        ended(job, sidecar)
-        if bad > max(_EARLY_STOP, max_bad * total):
-            break
+    try:
+        for job, sidecar in pool.run(_work, (source, tokenizer), todo, workers):
+            ended(job, sidecar)
+            if bad > max(_EARLY_STOP, max_bad * total):
+                break
+    finally:
+        for job in todo:  # of workers that were stopped
+            job.part.unlink(missing_ok=True)
     return sidecars
 
 

@@ -38,6 +38,11 @@ class Job:
     digest: str
 
     @property
+    def part(self) -> Path:
+        """Where the shard grows until it is whole."""
+        return self.path.with_name(f".{self.path.name}.part")
+
+    @property
     def sidecar(self) -> Path:
         """The file that says what the shard holds."""
         return self.path.with_name(self.path.name + ".json")
@@ -62,7 +67,7 @@ def write_shard(source: RecordSource, job: Job, tokenizer: Tokenizer | None) -> 
         Fault: when the source itself breaks.
     """
     module = array_record_module()
-    part = job.path.with_name(f".{job.path.name}.part")
+    part = job.part
     rejects: list[dict[str, str]] = []
     counts: Counter[str] = Counter()
     try:

@@ -236,7 +236,7 @@ def test_sharded_over_eight_devices_is_the_same(folder, tmp_path):
         a, b = m.encode_image(x), m.encode_text(texts)
         z, ids = m.encode_rows(x[:16], np.arange(16))
         z, ids = np.asarray(z), np.asarray(ids)
-        z /= np.linalg.norm(z, axis=1, keepdims=True)
+        z = z / np.linalg.norm(z, axis=1, keepdims=True)
         np.testing.assert_allclose(z, a[ids], atol=2e-6)
         np.savez(sys.argv[2], a=a, b=b)
         one = infer.load(sys.argv[1])

@@ -271,6 +271,18 @@ def test_random_damage_never_escapes_as_another_exception(tmp_path):
     assert not any("\n" in line for line in lines)
 
 
+# fmt: off
+IDENTIFYING = [
+    "PatientName", "PatientID", "OtherPatientNames", "OtherPatientIDs", "PatientAddress", "PatientComments",
+    "InstitutionName", "InstitutionAddress", "ReferringPhysicianName", "PerformingPhysicianName",
+    "OperatorsName", "StudyDescription", "StudyID", "SeriesDescription", "AccessionNumber", "StationName",
+    "ProtocolName", "DeviceSerialNumber", "ImageComments", "Occupation", "RequestingPhysician",
+    "AdditionalPatientHistory", "EthnicGroup", "PatientBirthName", "PatientMotherBirthName", "MilitaryRank",
+    "BranchOfService", "MedicalRecordLocator", "RequestedProcedureDescription", "BodyPartExamined",
+]
+# fmt: on
+
+
 def plant(path: Path) -> list[str]:
     """Copies a real DICOM with a tagged value in every place that identifies someone; returns the tags."""
     ds = pydicom.dcmread(sample("CT_small.dcm"))
@@ -280,41 +292,9 @@ def plant(path: Path) -> list[str]:
         canaries.append(f"CANARY{len(canaries):02d}")
         return canaries[-1]
 
-    text = [
-        "PatientName",
-        "PatientID",
-        "OtherPatientNames",
-        "OtherPatientIDs",
-        "PatientAddress",
-        "PatientComments",
-        "InstitutionName",
-        "InstitutionAddress",
-        "ReferringPhysicianName",
-        "PerformingPhysicianName",
-        "OperatorsName",
-        "StudyDescription",
-        "StudyID",
-        "SeriesDescription",
-        "AccessionNumber",
-        "StationName",
-        "ProtocolName",
-        "DeviceSerialNumber",
-        "ImageComments",
-        "Occupation",
-        "RequestingPhysician",
-        "AdditionalPatientHistory",
-        "EthnicGroup",
-        "PatientBirthName",
-        "PatientMotherBirthName",
-        "MilitaryRank",
-        "BranchOfService",
-        "MedicalRecordLocator",
-        "RequestedProcedureDescription",
-        "BodyPartExamined",
-    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for keyword in text:
+        for keyword in IDENTIFYING:
             setattr(ds, keyword, canary())
         ds.Modality = "CT"
         # Values that are wrong for their type, so that the reader complains and quotes them.

@@ -192,11 +192,8 @@ class Loaded:
             raise UsageError(
                 f"class {empty[0]!r} has no list of prompts" if empty else "there are no classes"
             )
-        owner = np.repeat(np.arange(len(classes)), [len(v) for v in classes.values()])
         z = self.encode_text([p for v in classes.values() for p in v])
-        bank = np.zeros((len(classes), z.shape[1]), np.float64)
-        np.add.at(bank, owner, z)
-        return _unit(bank / np.bincount(owner)[:, None]).astype(np.float32)
+        return ensemble(np.split(z, np.cumsum([len(v) for v in classes.values()])[:-1]))
 
     def classify(
         self,
@@ -341,6 +338,16 @@ def _finish(
 
 def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def ensemble(classes: Sequence[Float[np.ndarray, "p d"]]) -> Float[np.ndarray, "c d"]:
+    """The mean of each class's unit embeddings, normalised (CLIP's prompt ensemble).
+
+    Example:
+        >>> ensemble([np.eye(2), np.eye(2)[:1]]).round(2).tolist()
+        [[0.7099999785423279, 0.7099999785423279], [1.0, 0.0]]
+    """
+    return _unit(np.stack([z.astype(np.float64).mean(0) for z in classes])).astype(np.float32)
 
 
 def _lengths(tokens: Int[np.ndarray, "b t"], t: config.Text) -> Int[np.ndarray, "b"]:

@@ -1,0 +1,235 @@
+"""Results on disk: results.json is the record; .md, .csv and the report are views of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate.metrics import Metrics, Value
+from unimed_jax.evaluate.tasks import Task
+
+FORMAT, VERSION = "unimed_jax.results", 1
+FILES = ("results.json", "results.md", "results.csv", "predictions.csv", "examples.json")
+USE = "Research use only, not a medical device."
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
+_COLUMNS = (
+    *("task", "method", "metric", "value", "low", "high", "n", "subjects", "chance"),
+    *("prompts_sha256", "model_sha256", "code"),
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class Prediction:
+    """One record of one task."""
+
+    key: str
+    label: str
+    predicted: str
+    scores: dict[str, float]  # softmax of logit_scale x cosine
+
+    def row(self) -> dict[str, Any]:
+        """One line of predictions.csv."""
+        score = self.scores[self.predicted]
+        return {"key": self.key, "label": self.label, "predicted": self.predicted, "score": score}
+
+
+@dataclass(slots=True, kw_only=True)
+class TaskResult:
+    """What a model reached on one task, beside what it has to beat."""
+
+    task: Task
+    metrics: Metrics
+    predictions: list[Prediction] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)  # hits and misses with thumbnails
+    references: dict[str, Metrics] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Value:
+        """The task's own metric."""
+        return self.metrics.values[self.task.metric]
+
+    def json(self) -> dict[str, Any]:
+        """Everything but predictions and pictures."""
+        t, m = self.task, self.metrics
+        return {
+            "name": t.name,
+            "version": t.version,
+            "description": t.description,
+            "metric": t.metric,
+            "chance": t.chance,
+            "n": m.n,
+            "subjects": m.subjects,
+            "classes": list(t.classes),
+            "prompts": {
+                "sha256": t.digest,
+                "shape": t.shape(),
+                "classes": {k: list(v) for k, v in t.classes.items()},
+            },
+            "support": m.support,
+            "values": {k: v.json() for k, v in m.values.items()},
+            "recall": {k: v.json() for k, v in m.recall.items()},
+            "confusion": m.confusion.tolist(),
+            "notes": m.notes,
+            "references": {
+                name: {"n": r.n, "subjects": r.subjects, "values": {k: v.json() for k, v in r.values.items()}}
+                for name, r in self.references.items()
+            },
+        }
+
+
+@dataclass(slots=True, kw_only=True)
+class Results:
+    """One evaluation: which model, on what, with which code, and every task."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    code: dict[str, str]
+    settings: dict[str, Any]
+    created: str  # UTC, ISO 8601
+    tasks: list[TaskResult]
+
+    def figures(self) -> dict[str, float]:
+        """{"eval/TASK": value of its metric}; undefined ones are left out."""
+        found = {f"eval/{t.task.name}": t.main.value for t in self.tasks}
+        return {k: v for k, v in found.items() if v is not None}
+
+    def json(self) -> dict[str, Any]:
+        """The content of results.json."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "status": "complete",
+            "use": USE,
+            "created": self.created,
+            "code": self.code,
+            "model": self.model,
+            "data": self.data,
+            "settings": self.settings,
+            "tasks": [t.json() for t in self.tasks],
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each metric of the model and of each reference."""
+        out = []
+        for t in self.tasks:
+            for method, m in {"model": t.metrics, **t.references}.items():
+                out += [self._row(t, method, m, metric, v) for metric, v in m.values.items()]
+        return out
+
+    def _row(self, t: TaskResult, method: str, m: Metrics, metric: str, v: Value) -> dict[str, Any]:
+        ours = method == "model"
+        values = (t.task.name, method, metric, v.value, v.low, v.high, m.n, m.subjects)
+        chance = 0.5 if metric == "auroc" else 1 / len(t.task.classes)
+        hashes = (t.task.digest if ours else "", self.model["sha256"] if ours else "", self.code["revision"])
+        return dict(zip(_COLUMNS, (*values, chance, *hashes), strict=True))
+
+    def markdown(self) -> str:
+        """The table of a README or an issue."""
+        head = f"model {self.model['name']} (sha256 {self.model['sha256'][:12]}), {self.created}. {USE}"
+        columns = ("task", "n (subjects)", "metric", "value [95 % CI]", "chance", "prompts")
+        rows: list[Sequence[str]] = [columns, ["---"] * len(columns)]
+        for t in self.tasks:
+            name, metric, m = t.task.name, t.task.metric, t.metrics
+            prompts = f"{t.task.shape()} {t.task.digest[:8]}"
+            rows.append(
+                (name, f"{m.n} ({m.subjects})", metric, t.main.text(), f"{t.task.chance:.3f}", prompts)
+            )
+            for reference, r in t.references.items():
+                rows.append((f"{name}: {reference}", f"{r.n}", metric, r.values[metric].text(), "", ""))
+        table = [f"| {' | '.join(row)} |" for row in rows]
+        notes = [f"- {t.task.name}: {note}" for t in self.tasks for note in t.metrics.notes]
+        return "\n".join([head, "", *table, "", *notes]).rstrip() + "\n"
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Writes results.json, .md, .csv, predictions.csv and examples.json; results.json last, so it marks the end.
+
+        Raises:
+            UsageError: when the folder holds results and `force` is not given.
+            DataError: when the disk is full or the folder cannot be written.
+        """
+        folder = Path(folder)
+        if (folder / FILES[0]).exists() and not force:
+            raise UsageError(
+                f"{folder} holds results already", "choose another --out, or --force to replace them"
+            )
+        predictions = [{"task": t.task.name} | p.row() for t in self.tasks for p in t.predictions]
+        examples = {t.task.name: t.examples for t in self.tasks}
+        texts = {
+            "examples.json": json.dumps(examples),
+            "predictions.csv": to_csv(predictions, ("task", "key", "label", "predicted", "score")),
+            "results.csv": to_csv(self.rows(), _COLUMNS),
+            "results.md": self.markdown(),
+            "results.json": json.dumps(self.json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / FILES[0]).unlink(
+                missing_ok=True
+            )  # half-replaced files must not look like a whole result
+            for name, text in texts.items():
+                write(folder / name, text)
+        except OSError as e:
+            raise DataError(
+                f"{folder} cannot be written: {e.strerror or e}", "free space or check permissions"
+            ) from e
+        return folder
+
+
+def read(folder: str | Path) -> dict[str, Any]:
+    """The content of a results.json.
+
+    Raises:
+        DataError: when it is missing, damaged or of another version.
+    """
+    path = Path(folder) / FILES[0]
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{path} cannot be read ({type(e).__name__})", "unimed-jax eval writes one") from e
+    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
+        raise DataError(f"{path} holds no results that this program reads", "evaluate again")
+    return found
+
+
+def cell(value: Any) -> Any:
+    """A text that no spreadsheet takes for a formula; numbers stay numbers, None is empty.
+
+    Example:
+        >>> cell("=1+1"), cell(-0.5), cell(None)
+        ("'=1+1", -0.5, '')
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return value
+    quote = "'" if value.startswith(_FORMULA) else ""
+    return quote + re.sub(r"[\0\t\r\n]", " ", value)
+
+
+def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as CSV with safe cells; floats with six digits."""
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow([cell(c) for c in columns])
+    for row in rows:
+        values = (row.get(c) for c in columns)
+        table.writerow([f"{v:.6g}" if isinstance(v, float) else cell(v) for v in values])
+    return out.getvalue()
+
+
+def write(path: Path, text: str) -> None:
+    """Writes beside and renames."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text, "utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

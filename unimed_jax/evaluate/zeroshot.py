@@ -1,0 +1,298 @@
+"""Zero-shot evaluation: every record is embedded once, then every task is a matrix product.
+
+Tasks, labels and record keys are checked before anything is computed. Batches are padded and masked (one compilation)
+and shared over the mesh; each process decodes only its own rows.
+"""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import dataclasses
+import datetime
+import io
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from unimed_jax import __version__
+from unimed_jax.data import images
+from unimed_jax.data.pipeline import eval_batches
+from unimed_jax.data.record import Example
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate import metrics, tasks
+from unimed_jax.evaluate.results import Prediction, Results, TaskResult
+from unimed_jax.infer import Loaded, ensemble
+from unimed_jax.train import run_folder
+
+THUMBNAIL = 176  # pixels
+
+
+class Pool:
+    """Several sources as one numbered sequence of records."""
+
+    def __init__(self, sources: Sequence[Any]):
+        self.sources = list(sources)
+        self.name = "+".join(s.name for s in self.sources)
+        self._ends = list(itertools.accumulate(len(s) for s in self.sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Example:
+        part = bisect.bisect_right(self._ends, index)
+        return self.sources[part][index - (self._ends[part - 1] if part else 0)]
+
+    def facts(self) -> dict[int, Example]:
+        """Every record without its picture.
+
+        Raises:
+            DataError: for a key that occurs twice, or an empty set.
+        """
+        found: dict[int, Example] = {}
+        first: dict[str, int] = {}
+        for i in range(len(self)):
+            found[i] = dataclasses.replace(self[i], image=b"")
+            key = found[i].key
+            if first.setdefault(key, i) != i:
+                raise DataError(
+                    f"records {first[key]} and {i} of {self.name} have the same key {key!r}", "export again"
+                )
+        if not found:
+            raise DataError(
+                f"{self.name or 'the folder'} has no records in this split",
+                "unimed-jax data stats shows them",
+            )
+        return found
+
+
+def evaluate(
+    loaded: Loaded,
+    sources: Any | Sequence[Any],
+    wanted: str | Path | tasks.Task | Sequence[str | Path | tasks.Task],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    threads: int = 4,
+    references: Mapping[str, Mapping[str, metrics.Metrics]] | None = None,
+    examples: int = 6,
+    progress: Callable[[int, int], None] | None = None,
+) -> Results:
+    """Zero-shot classification of all tasks on all sources.
+
+    Args:
+        loaded: the model.
+        sources: one `Shards` or several; anything with name, len and records by number.
+        wanted: task names, files or tasks.
+        resamples: bootstrap resamples by subject; 0 = no intervals.
+        seed: of the resampling.
+        threads: decoding in parallel.
+        references: task -> name -> metrics of something to compare with, copied into the results.
+        examples: hits and misses kept with thumbnails, each.
+        progress: called with (done, all) records.
+
+    Returns:
+        Results, the same on every process.
+
+    Raises:
+        UsageError: for an unknown task, or none.
+        DataError: for labels that are no class, duplicate keys, an empty selection, or a record that cannot be read.
+    """
+    one = isinstance(wanted, (str, Path, tasks.Task))
+    chosen = [tasks.load(t) for t in ([wanted] if one else wanted)]  # type: ignore[union-attr]
+    names = [t.name for t in chosen]
+    if not chosen or len(set(names)) < len(names):
+        raise UsageError(
+            f"tasks are given twice: {', '.join(names)}" if chosen else "no task is given", "--tasks NAME,..."
+        )
+    pool = Pool([sources] if hasattr(sources, "name") else sources)
+    facts = pool.facts()
+    picked = {t.name: tasks.select(t, facts) for t in chosen}
+    union = sorted(set().union(*picked.values()))
+    place = {index: row for row, index in enumerate(union)}
+    prompts = _prompt_embeddings(loaded, chosen)
+    embeddings = embed(loaded, pool, union, threads=threads, progress=progress)
+    done = []
+    for t in chosen:
+        z = embeddings[[place[i] for i in picked[t.name]]]
+        result = _score(t, picked[t.name], facts, z, prompts, loaded.logit_scale, resamples, seed)
+        result.references = dict((references or {}).get(t.name, {}))
+        result.examples = _examples(result, list(picked[t.name]), z, prompts, pool, examples)
+        done.append(result)
+    return Results(
+        model={
+            "name": loaded.cfg.name,
+            "sha256": loaded.digest,
+            "dtype": loaded.dtype,
+            "logit_scale": loaded.logit_scale,
+        },
+        data=_describe(pool, len(union)),
+        code={"version": __version__, "revision": run_folder.git_revision()},
+        settings={"resamples": resamples, "seed": seed, "devices": loaded.mesh.size},
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        tasks=done,
+    )
+
+
+def embed(
+    loaded: Loaded,
+    pool: Any,
+    indices: Sequence[int],
+    *,
+    threads: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[np.ndarray, "n d"]:
+    """Unit image embeddings of records, in the order of `indices`; complete on every process.
+
+    Raises:
+        DataError: for a record that cannot be read.
+    """
+    out = np.zeros((len(indices), loaded.cfg.embed_dim), np.float32)
+    for z, rows, count in _batches(loaded, pool, indices, threads):
+        rows = np.asarray(rows)
+        real = rows >= 0
+        out[rows[real]] = np.asarray(z)[real]
+        if progress:
+            progress(min(count, len(indices)), len(indices))
+    return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+
+
+def _batches(
+    loaded: Loaded, pool: Any, indices: Sequence[int], threads: int
+) -> Iterator[tuple[Any, Any, int]]:
+    """Global batches as (embeddings, rows of the result or -1, records so far), one batch ahead of the reader."""
+    processes = sorted({d.process_index for d in loaded.mesh.devices.flat})
+    size, mine = loaded.batch_size // len(processes), processes.index(jax.process_index())
+    n = -(-len(indices) // loaded.batch_size) * loaded.batch_size
+    rows = np.full(n, -1)
+    rows[: len(indices)] = np.arange(len(indices))
+    rows = rows.reshape(-1, len(processes), size)[
+        :, mine
+    ].ravel()  # what this process decodes, batch after batch
+    own = [int(indices[max(r, 0)]) for r in rows]
+    waiting = None
+    batches = eval_batches(pool, image_size=loaded.image_size, batch_size=size, indices=own, threads=threads)
+    for step, (pixels, _, _) in enumerate(batches):
+        ahead = (
+            *loaded.encode_rows(pixels, rows[step * size : (step + 1) * size]),
+            (step + 1) * loaded.batch_size,
+        )
+        if waiting:
+            yield waiting
+        waiting = ahead
+    if waiting:
+        yield waiting
+
+
+def _prompt_embeddings(loaded: Loaded, chosen: Sequence[tasks.Task]) -> dict[str, Float[np.ndarray, "d"]]:
+    """Every prompt of every task, once."""
+    texts = list(dict.fromkeys(p for t in chosen for prompts in t.classes.values() for p in prompts))
+    return dict(zip(texts, loaded.encode_text(texts), strict=True))
+
+
+def _score(
+    task: tasks.Task,
+    picked: Mapping[int, int],
+    facts: Mapping[int, Example],
+    z: Float[np.ndarray, "n d"],
+    prompts: Mapping[str, Float[np.ndarray, "d"]],
+    scale: float,
+    resamples: int,
+    seed: int,
+) -> TaskResult:
+    bank = ensemble([np.stack([prompts[p] for p in texts]) for texts in task.classes.values()])
+    logits = scale * (z.astype(np.float64) @ bank.T.astype(np.float64))
+    logits -= logits.max(1, keepdims=True)
+    log_p = logits - np.log(
+        np.exp(logits).sum(1, keepdims=True)
+    )  # ranks like the softmax, and never saturates
+    labels = np.array(list(picked.values()), np.int64)
+    names = list(task.classes)
+    # Without a patient every record is its own subject.
+    groups = [
+        facts[i].patient if task.group == "patient" and facts[i].patient else facts[i].key for i in picked
+    ]
+    found = metrics.classification(log_p, labels, names, groups, resamples=resamples, seed=seed)
+    predictions = [
+        Prediction(
+            key=facts[i].key,
+            label=names[label],
+            predicted=names[int(row.argmax())],
+            scores=dict(zip(names, np.exp(row).tolist(), strict=True)),
+        )
+        for (i, label), row in zip(picked.items(), log_p, strict=True)
+    ]
+    return TaskResult(task=task, metrics=found, predictions=predictions)
+
+
+def _examples(
+    result: TaskResult,
+    indices: Sequence[int],
+    z: np.ndarray,
+    prompts: Mapping[str, np.ndarray],
+    pool: Pool,
+    count: int,
+) -> list[dict[str, Any]]:
+    """Some hits and some misses, one class after the other, the surest first."""
+    texts = [(name, p) for name, ps in result.task.classes.items() for p in ps]
+    bank = np.stack([prompts[p] for _, p in texts])
+    chosen = []
+    for hit in (True, False):
+        rows = [r for r, p in enumerate(result.predictions) if (p.label == p.predicted) == hit]
+        rows.sort(key=lambda r: -result.predictions[r].scores[result.predictions[r].predicted])
+        chosen += [(r, hit) for r in _one_of_each(rows, [result.predictions[r].label for r in rows])[:count]]
+    out = []
+    for r, hit in chosen:
+        p, cosines = result.predictions[r], bank @ z[r]
+        top = [
+            {"class": texts[k][0], "prompt": texts[k][1], "cosine": float(cosines[k])}
+            for k in np.argsort(-cosines)[:3]
+        ]
+        example = pool[indices[r]]
+        out.append(
+            {
+                "key": p.key,
+                "label": p.label,
+                "predicted": p.predicted,
+                "hit": hit,
+                "scores": p.scores,
+                "prompts": top,
+                "simulated": example.simulated,
+                "jpeg": thumbnail(images.eval_image(example.image, THUMBNAIL)),
+            }
+        )
+    return out
+
+
+def _one_of_each(rows: Sequence[int], labels: Sequence[str]) -> list[int]:
+    """The first of every class, then the second of every class, and so on."""
+    queues: dict[str, list[int]] = {}
+    for row, label in zip(rows, labels, strict=True):
+        queues.setdefault(label, []).append(row)
+    return [r for turn in itertools.zip_longest(*queues.values()) for r in turn if r is not None]
+
+
+def thumbnail(pixels: np.ndarray) -> str:
+    """A picture as base64 JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _describe(pool: Pool, used: int) -> dict[str, Any]:
+    sources = {}
+    for s in pool.sources:
+        sources[s.name] = {"split": getattr(s, "split", ""), "records": len(s)}
+        manifest = getattr(s, "manifest", None)
+        if manifest is not None:
+            sources[s.name] |= {
+                "licence": manifest.licence,
+                "manifest_sha256": run_folder.manifests([s])[s.name],
+            }
+    return {"sources": sources, "evaluated": used}

@@ -142,8 +142,8 @@ def test_reading_is_fast():
     blob = encode(dataclasses.replace(FULL, image=np.random.default_rng(0).bytes(25_000), captions=captions))
     times = []
     for _ in range(300):
-        start = time.perf_counter()
+        start = time.thread_time()
         decode(blob)
-        times.append(time.perf_counter() - start)
-    # About 40 us on an idle core; this machine may be busy, so the best of many is compared with a wide margin.
+        times.append(time.thread_time() - start)
+    # About 40 us on an idle core, and 94 us by tensorflow-datasets' decoder; the machine may be busy.
     assert min(times) < 120e-6

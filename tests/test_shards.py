@@ -280,6 +280,20 @@ def test_a_cut_shard_of_the_right_size_is_refused_by_its_count(copy):
     assert any(path.name in p for p in verify.check(copy, full=False).problems)
 
 
+def test_a_record_bomb_is_refused_before_it_is_read(copy):
+    path = first_shard(copy)
+    writer = shards.array_record_module().ArrayRecordWriter(str(path), "group_size:1,zstd")
+    writer.write(b"\0" * 2**27)  # 128 MiB in 128 KiB
+    writer.close()
+    manifest = copy / "demo/1.0.0/manifest.json"
+    values = json.loads(manifest.read_text())
+    info = next(s for s in values["splits"]["train"]["shards"] if s["file"] == path.name)
+    info |= {"count": 1, "bytes": path.stat().st_size}
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(DataError, match="is compressed"):
+        Shards(copy / "demo", "train")[0]
+
+
 def test_missing_extra_and_renamed_shards(copy):
     path = first_shard(copy)
     path.rename(path.with_name("unimed-train.array_record-00007-of-00009"))

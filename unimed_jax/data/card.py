@@ -16,6 +16,7 @@ def text(manifest: Manifest) -> str:
         for split, counts in m.counts.items()
     ]
     simulated = sum(c.get("simulated", 0) for c in m.counts.values())
+    shown = "train" if "train" in m.splits else next(iter(m.splits))
     rejected = ", ".join(f"{reason}: {n}" for reason, n in m.rejects.items()) or "none"
     return "\n".join(
         [
@@ -41,7 +42,7 @@ def text(manifest: Manifest) -> str:
             "```python",
             "import tensorflow_datasets as tfds  # TensorFlow is not needed",
             'records = tfds.builder_from_directory("THIS FOLDER").as_data_source(',
-            f'    "{next(iter(m.splits))}", decoders={{"image": tfds.decode.SkipDecoding()}})',
+            f'    "{shown}", decoders={{"image": tfds.decode.SkipDecoding()}})',
             "```",
             "",
         ]

@@ -327,12 +327,17 @@ def open_shard(folder: Path, shard: ShardInfo) -> Any:
         reader = module.ArrayRecordReader(
             str(path), options="readahead_buffer_size:0", file_reader_buffer_size=32768
         )
-        count = reader.num_records()
+        count, options = reader.num_records(), reader.writer_options_string()
     except Exception as e:  # array_record raises plain RuntimeError
         raise DataError(f"shard {path} cannot be opened: {e}", "export the source again") from e
     if count != shard.count:
         raise DataError(
             f"shard {path} has {count} records, the manifest says {shard.count}", "export the source again"
+        )
+    if "uncompressed" not in (options or ""):
+        # A few kilobytes can hold gigabytes of zeros, and array_record has no limit on what it unpacks.
+        raise DataError(
+            f"shard {path} is compressed ({options})", "export the source with unimed-jax data build"
         )
     return reader
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ def load_config(spec: str, overrides: dict[str, str]) -> config.Train:
     plain = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=plain, sys_argv=words[:1], lock_config=False)
     try:
+        sys.modules.pop("config_config", None)  # else the names of the file loaded before are still in there
         plain(["train", words[0]])
         _resolve_types(type(plain["config"].value))
         for field in overrides:

@@ -10,7 +10,7 @@ from typing import Any
 
 from unimed_jax.data import export, text
 from unimed_jax.data.phantom import Phantom
-from unimed_jax.train import writers
+from unimed_jax.train import checkpoint, writers
 
 
 def build_data(root: Path, n: int = 240, size: int = 40) -> Path:
@@ -43,7 +43,7 @@ def train(data: Path, workdir: Path, *flags: str, devices: int = 1, code: int = 
         env=environment(devices, **env),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
     )
     assert done.returncode == code, (
         f"exit {done.returncode}, not {code}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
@@ -55,3 +55,8 @@ def losses(workdir: Path) -> list[dict[str, Any]]:
     """The log lines without what depends on the machine's speed."""
     lines = writers.read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in writers.TIMING} for line in lines]
+
+
+def leaves(workdir: Path) -> dict[str, Any]:
+    """The fingerprints of the newest saved state: parameters, optimizer, step."""
+    return checkpoint.read_meta(checkpoint.find_step(workdir))["leaves"]

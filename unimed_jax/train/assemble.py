@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from unimed_jax import config, parallel
-from unimed_jax.data import pipeline
+from unimed_jax.data import pipeline, shards
 from unimed_jax.data.text import Tokenizer, load_tokenizer
 from unimed_jax.errors import UsageError
 from unimed_jax.models import clip
@@ -83,7 +83,7 @@ def assemble(cfg: config.Train) -> Parts:
     data = pipeline.make(
         cfg, tokenizer=tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    sources = data.blocks.sources
+    sources = [s for s in data.blocks.sources if isinstance(s, shards.Shards)]
     run_folder.refuse_other_tokenizer(cfg, tokenizer, sources)
     total = cfg.duration.steps_for(batch_size=cfg.batch_size, epoch_examples=data.epoch_examples)
     built = assemble_model(cfg, mesh, total, data.epoch_examples)

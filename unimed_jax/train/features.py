@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +92,7 @@ class FeaturePipeline:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yields the batches of steps start_step, start_step + 1, ... without end; see `Pipeline.batches`."""
         step = start_step
         while True:

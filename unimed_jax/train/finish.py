@@ -8,6 +8,10 @@ from typing import Any
 
 import jax
 
+from unimed_jax import config
+from unimed_jax.data import shards
+from unimed_jax.errors import DataError
+from unimed_jax.evaluate import tasks, zeroshot
 from unimed_jax.infer import Loaded
 from unimed_jax.train import run_folder
 from unimed_jax.train.assemble import Parts
@@ -41,12 +45,47 @@ def evaluate(parts: Parts, params: Any, workdir: Path, step: int) -> dict[str, f
     """Zero-shot evaluation on `cfg.eval`; results go to workdir/eval/step_N, the main figures are returned.
 
     Returns:
-        {"eval/SOURCE/TASK": value of the task's metric}; empty when no task is named.
+        {"eval/TASK": value of the task's metric}; empty when no task is named.
     """
     e = parts.cfg.eval
     if not e.tasks:
         return {}
-    raise AssertionError("evaluator")
+    results = zeroshot.evaluate(
+        _loaded(parts, params),
+        _eval_sources(parts.cfg),
+        list(e.tasks),
+        resamples=e.bootstrap,
+        threads=parts.cfg.data.threads,
+    )
+    if jax.process_index() == 0:
+        results.save(workdir / "eval" / f"step_{step}", force=True)
+    return results.figures()
+
+
+def check_evaluation(cfg: config.Train) -> None:
+    """Refuses an unknown task or a missing split before the first step, not after the last.
+
+    Raises:
+        UsageError: for an unknown task.
+        DataError: for records that are not there.
+    """
+    for task in cfg.eval.tasks:
+        tasks.load(task)
+    if cfg.eval.tasks:
+        _eval_sources(cfg)
+
+
+def _eval_sources(cfg: config.Train) -> list[shards.Shards]:
+    root = cfg.eval.root or cfg.data.root
+    found = shards.find_sources(root)
+    named = [s.name for s in cfg.data.sources if s.name in found] if not cfg.eval.root else []
+    opened = [shards.Shards(found[name], cfg.eval.split) for name in named or found]
+    if not any(len(s) for s in opened):
+        raise DataError(
+            f"no record of split {cfg.eval.split!r} under {root} to evaluate on",
+            "set eval.root or eval.split",
+        )
+    return opened
 
 
 def _loaded(parts: Parts, params: Any) -> Loaded:

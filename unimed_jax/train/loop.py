@@ -99,6 +99,7 @@ class _Run:
         self.multi = multi
         self.chief = jax.process_index() == 0
         self.parts = assemble.assemble(cfg)
+        finish.check_evaluation(cfg)
         self.total = self.parts.total_steps
         epoch = self.parts.data.epoch_examples
         self.every = {
@@ -206,8 +207,9 @@ class _Run:
 
     def _between(self, state: dict[str, Any], step: int) -> None:
         """After `step` steps: evaluate, then save."""
-        evaluate = self._due("eval", step) and step < self.total  # the last one runs on the exported model
-        save = self._due("save", step) or step == self.total
+        last = step == self.total
+        evaluate = bool(self.cfg.eval.tasks) and (last or self._due("eval", step))
+        save = last or self._due("save", step)
         if not (evaluate or save):
             return
         with self.watchdog.paused():
@@ -330,7 +332,6 @@ class _Run:
     def _finish(self, state: dict[str, Any]) -> RunResult:
         self.saved.wait()
         model = finish.export(self.parts, self._best(state), self.workdir)
-        self._record(self.total, finish.evaluate(self.parts, self._best(state), self.workdir, self.total))
         finish.mark_exported(self.workdir, self.total)
         text = f"finished: {self.total} steps, {writers.describe(self.newest)}, model in {model}"
         return self._result("finished", self.total, text)

@@ -23,7 +23,7 @@ import pytest
 
 from unimed_jax import config
 from unimed_jax.data.minimed import captions as cap
-from unimed_jax.data.minimed import fetch, pipget, pixels, split
+from unimed_jax.data.minimed import ct, fetch, pipget, pixels, split
 from unimed_jax.data.minimed.facts import Facts
 from unimed_jax.data.minimed.packages import IMAGES, WEIGHTS, Package
 from unimed_jax.data.minimed.source import Minimed, png
@@ -439,6 +439,28 @@ def test_every_caption_admits_what_the_picture_is(facts, always):
         texts = cap.captions(known, key)
         assert len(texts) >= 4
         assert all(re.search(always, t) for t in texts), texts
+
+
+def test_organs_are_named_in_plain_words(tmp_path):
+    table = tmp_path / "structures.csv"
+    rows = ["lung_upper_lobe_left,10", "vertebrae_T8,34", "kidney_cyst_left,23", "iliac_vena_right,67"]
+    table.write_text("structure,id\n" + "\n".join(rows) + "\n")
+    assert ct.organ_names(table) == {10: "left lung upper lobe", 34: "T8 vertebra", 67: "right iliac vein"}
+
+
+def test_an_average_is_called_one_somewhere_and_never_a_person():
+    facts = Facts(
+        modality="MRI",
+        subject="s",
+        package="p",
+        region="brain",
+        plane="axial",
+        sequence="T1-weighted",
+        average=True,
+    )
+    texts = [t for key in map(str, range(30)) for t in cap.captions(facts, key)]
+    assert any("average of the MRI scans of many people" in t for t in texts)
+    assert not any("patient" in t or "person" in t for t in texts)
 
 
 def test_labels_carry_the_facts():

@@ -48,6 +48,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "MRI of the {region} with a {finding}",
         "{A_plane} MR image through a {finding}.",
         "a magnetic resonance image",
+        "{average} of the {region}, {plane} plane",
     ),
     "X-ray": (
         "X-ray radiograph of the {region}",
@@ -145,9 +146,9 @@ def words(facts: Facts) -> dict[str, str]:
     """What the braces of a pattern stand for; empty = not known."""
     plane = facts.plane
     article = "an" if plane[:1] in ("a", "o") else "a"
-    region = facts.region
     return {
-        "region": f"{region} of an average of many people" if facts.average else region,
+        "region": facts.region,
+        "average": "average of the MRI scans of many people" if facts.average else "",
         "plane": plane,
         "a_plane": f"{article} {plane}" if plane else "",
         "A_plane": f"{article.title()} {plane}" if plane else "",

@@ -14,6 +14,13 @@ from unimed_jax.data.minimed.facts import Facts, Picture
 
 # Display windows in Hounsfield units: (low, high).
 WINDOWS = {"soft tissue": (-160, 240), "lung": (-1350, 150), "brain": (0, 80), "bone": (-500, 1500)}
+# The table's Latin in words that captions use.
+_WORDS = {
+    "vertebrae": "vertebra",
+    "clavicula": "clavicle",
+    "autochthon": "deep back muscles",
+    "vena": "vein",
+}
 BODY = -500  # HU; above it is not air
 _LEAST_ORGAN = 40  # mask pixels below which an organ is not mentioned
 _LEAST_MASKED = 0.04  # share of a slice that organs cover; less is skin, arm or table only
@@ -61,16 +68,29 @@ def render_file(path: Path, win: str) -> np.ndarray:
 def organ_names(path: Path) -> dict[int, str]:
     """Mask value -> organ, from the package's table.
 
-    Example:
-        "kidney_right" becomes "right kidney".
+    Cysts are left out: a finding must not rest on a machine-made mask.
     """
-    names = {}
     with path.open(newline="") as f:
-        for row in csv.DictReader(f):
-            words = row["structure"].split("_")
-            side = [w for w in words if w in ("left", "right")]
-            names[int(row["id"])] = " ".join(side + [w for w in words if w not in side])
-    return names
+        return {
+            int(row["id"]): organ_name(row["structure"])
+            for row in csv.DictReader(f)
+            if "cyst" not in row["structure"]
+        }
+
+
+def organ_name(structure: str) -> str:
+    """A structure of the table in plain words.
+
+    Example:
+        >>> organ_name("kidney_right"), organ_name("vertebrae_T8")
+        ('right kidney', 'T8 vertebra')
+    """
+    words = [_WORDS.get(w, w) for w in structure.split("_")]
+    side = [w for w in words if w in ("left", "right")]
+    rest = [w for w in words if w not in side]
+    if rest[0] == "vertebra":
+        rest.reverse()
+    return " ".join(side + rest)
 
 
 def region_of(organs: set[str]) -> str:

@@ -7,6 +7,9 @@ embed = jax.jit(lambda params, images: bind(graphdef, params).encode_image(image
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +103,14 @@ def init(m: config.Model, key: PRNGKeyArray) -> Params:
         UsageError: for an impossible architecture.
     """
     config.validate_model(m)
-    return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(CLIP(m, rngs=nnx.Rngs(key)))))(key)
+    return _initializer(json.dumps(config.to_dict(m)))(key)
+
+
+@functools.lru_cache(maxsize=8)
+def _initializer(settings: str) -> Callable[[PRNGKeyArray], Params]:
+    """One compilation a config: the random draws of a model take seconds to compile."""
+    m = config.from_dict(config.Model, json.loads(settings))
+    return jax.jit(lambda key: nnx.to_pure_dict(nnx.state(CLIP(m, rngs=nnx.Rngs(key)))))
 
 
 def bind(graphdef: nnx.GraphDef, params: Params) -> CLIP:

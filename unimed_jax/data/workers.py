@@ -8,11 +8,13 @@ and it still needs batches until it has saved. They may not see an accelerator.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -25,16 +27,11 @@ from unimed_jax.errors import Fault, UsageError
 # Elements are addressed by a global number; the end of the stream is far away.
 ENDLESS = 1 << 60
 
-# For the spawned workers only. glibc would otherwise return the memory of every decoded image to the kernel and
-# fault it in again: a third of the time at 1024 px.
-WORKER_ENV = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-    "TOKENIZERS_PARALLELISM": "false",
-    "JAX_PLATFORMS": "cpu",
-}
 ORPHAN_EXIT = 77
 _WORKER_NAME = "grain-process-prefetch"
+# mallopt's (parameter, value): keep the memory of decoded images instead of returning it to the kernel and faulting
+# it in again for every image; how much this gains depends on the kernel (nothing up to a third was seen).
+_MALLOC = ((-3, 1 << 30), (-1, (1 << 31) - 1))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD; bytes
 
 
 class Elements(Protocol):
@@ -168,33 +165,34 @@ def mark_flags_parsed() -> None:
 
 @contextlib.contextmanager
 def _spawning() -> Iterator[None]:
-    """Children started inside have the workers' environment and SIGTERM and SIGINT blocked from their first instant.
+    """Children started inside have SIGTERM and SIGINT blocked from their first instant.
 
-    Blocking, not ignoring, here: a signal that arrives meanwhile is still delivered to this process afterwards.
+    Blocking, not ignoring, here: a signal that arrives meanwhile is still delivered to this process afterwards. The
+    environment is left alone: other threads read it, and C's setenv under their getenv crashes the process.
     """
     # Python's tracker of shared memory unblocks both signals when it starts, so it must be there before.
     resource_tracker.ensure_running()
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    old_env = {name: os.environ.get(name) for name in WORKER_ENV}
-    os.environ.update(WORKER_ENV)
     try:
         yield
     finally:
-        for name, value in old_env.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
 def prepare_worker(index: int = 0, count: int = 1) -> None:
-    """Runs first in every worker: ends with the parent, leaves stopping to the parent."""
+    """Runs first in every worker: it ends with the parent, leaves stopping to the parent, and sees no accelerator."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), name="parent-guard", daemon=True).start()
+    if (
+        "jax" in sys.modules
+    ):  # Grain imports it; an array made by accident must not claim the trainer's device
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc only
+        for parameter, value in _MALLOC:
+            mallopt(parameter, value)
 
 
 def _end_with(parent: Any) -> None:

@@ -16,7 +16,7 @@ ROWS = [
     ["cli"],
     ["quickstart"],
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
-    ["evaluate.zeroshot", "evaluate.references"],
+    ["evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
     ["infer", "model_folder"],
     ["train.checkpoint", "train.assemble", "convert"],
     ["models", "parallel", "train"],

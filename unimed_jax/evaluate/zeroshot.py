@@ -123,7 +123,8 @@ def evaluate(
         z = embeddings[[place[i] for i in picked[t.name]]]
         result = _score(t, picked[t.name], facts, z, prompts, loaded.logit_scale, resamples, seed)
         result.references = dict((references or {}).get(t.name, {}))
-        result.examples = _examples(result, list(picked[t.name]), z, prompts, pool, examples)
+        subjects = [facts[i].patient or facts[i].key for i in picked[t.name]]
+        result.examples = _examples(result, list(picked[t.name]), z, prompts, pool, subjects, examples)
         done.append(result)
     return Results(
         model={
@@ -237,15 +238,17 @@ def _examples(
     z: np.ndarray,
     prompts: Mapping[str, np.ndarray],
     pool: Pool,
+    subjects: Sequence[str],
     count: int,
 ) -> list[dict[str, Any]]:
-    """Some hits and some misses, one class after the other, the surest first."""
+    """Some hits and some misses: classes take turns, subjects within a class too, the surest first."""
     texts = [(name, p) for name, ps in result.task.classes.items() for p in ps]
     bank = np.stack([prompts[p] for _, p in texts])
     chosen = []
     for hit in (True, False):
         rows = [r for r, p in enumerate(result.predictions) if (p.label == p.predicted) == hit]
         rows.sort(key=lambda r: -result.predictions[r].scores[result.predictions[r].predicted])
+        rows = _one_of_each(rows, [subjects[r] for r in rows])
         chosen += [(r, hit) for r in _one_of_each(rows, [result.predictions[r].label for r in rows])[:count]]
     out = []
     for r, hit in chosen:
@@ -271,7 +274,7 @@ def _examples(
 
 
 def _one_of_each(rows: Sequence[int], labels: Sequence[str]) -> list[int]:
-    """The first of every class, then the second of every class, and so on."""
+    """The first row of every label, then the second of every label, and so on."""
     queues: dict[str, list[int]] = {}
     for row, label in zip(rows, labels, strict=True):
         queues.setdefault(label, []).append(row)

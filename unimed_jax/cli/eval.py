@@ -1,0 +1,124 @@
+"""`unimed-jax eval`: zero-shot evaluation of a model on records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unimed_jax.cli.args import Parser
+from unimed_jax.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from unimed_jax.data.shards import Shards
+    from unimed_jax.evaluate.results import Results
+
+
+def _parser() -> Parser:
+    from unimed_jax.evaluate import tasks
+
+    parser = Parser("unimed-jax eval", description="Zero-shot classification with 95 % intervals by subject.")
+    parser.add_argument("--model", required=True, metavar="M", help="model folder or run folder")
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="records: a root of sources, or one source"
+    )
+    parser.add_argument("--split", default="test", help="of every source")
+    parser.add_argument(
+        "--tasks", default="modality", help=f"names or JSON files: {', '.join(tasks.names())}"
+    )
+    parser.add_argument(
+        "--sources", default="", metavar="A,B", help="only these sources; default: all with the split"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="results.json, .md, .csv, predictions.csv"
+    )
+    parser.add_argument("--report", action="store_true", help="write report.html into --out, too")
+    parser.add_argument(
+        "--ci", type=int, default=1000, metavar="N", help="bootstrap resamples; 0 = no intervals"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the resampling")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures at once, over all devices")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation"
+    )
+    parser.add_argument("--threads", type=int, default=4, help="pictures decoded in parallel")
+    parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
+    parser.add_argument("--force", action="store_true", help="replace existing results")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Evaluates and writes the results; refusals propagate as UnimedError."""
+    args = _parser().parse(argv)
+    if args.ci < 0 or args.batch_size < 1 or args.threads < 1:
+        raise UsageError("--ci must be at least 0, --batch-size and --threads at least 1")
+    out = Path(args.out)
+    if (out / "results.json").exists() and not args.force:
+        raise UsageError(f"{out} holds results already", "choose another --out, or --force to replace them")
+    from unimed_jax.evaluate import report, tasks
+
+    chosen = [tasks.load(name) for name in args.tasks.split(",") if name]
+    if args.report:
+        report.require()
+    sources = _sources(Path(args.data), args.split, [s for s in args.sources.split(",") if s])
+
+    from unimed_jax import config, infer, parallel
+    from unimed_jax.cli.progress import Progress
+    from unimed_jax.evaluate import zeroshot
+
+    mesh = parallel.make_mesh(config.Mesh())
+    model = infer.load(args.model, mesh=mesh, batch_size=args.batch_size, dtype=args.dtype)
+    if not args.json:
+        print(f"model   {model.describe()}")
+        print(f"data    {', '.join(f'{s.name} {len(s)} {s.split} records' for s in sources)}")
+    with Progress("embed", "img") as progress:
+        found = zeroshot.evaluate(
+            model, sources, chosen, resamples=args.ci, seed=args.seed, threads=args.threads, progress=progress
+        )
+    found.save(out, force=args.force)
+    if args.report:
+        report.write(report.from_run(out), out / "report.html")
+    print(json.dumps(found.json(), indent=1) if args.json else _table(found))
+    if not args.json:
+        print(f"wrote   {out}/results.json .md .csv predictions.csv{' report.html' if args.report else ''}")
+        print("note    research use only, not a medical device")
+    return 0
+
+
+def _sources(root: Path, split: str, names: list[str]) -> list[Shards]:
+    from unimed_jax.data import shards
+
+    found = shards.find_sources(root)
+    if not found:
+        raise DataError(
+            f"no records in {root} (tried */*/manifest.json)", "unimed-jax data build SOURCE --out DIR"
+        )
+    unknown = [n for n in names if n not in found]
+    if unknown:
+        raise UsageError(f"no source {unknown[0]!r} in {root}", f"there are: {', '.join(found)}")
+    wanted = {n: folder for n, folder in found.items() if not names or n in names}
+    have = [n for n, folder in wanted.items() if split in shards.Manifest.read(folder).splits]
+    if not have:
+        raise DataError(
+            f"no source in {root} has the split {split!r}", "unimed-jax data stats shows the splits"
+        )
+    return [shards.Shards(wanted[n], split) for n in have]
+
+
+def _table(found: Results) -> str:
+    """The results in columns, references below their task."""
+    head = ("task", "n", "subjects", "metric", "value", "95% CI", "chance", "prompts")
+    rows: list[tuple[str, ...]] = [head]
+    for t in found.tasks:
+        metric = t.task.metric
+        for name, m in {t.task.name: t.metrics, **{f"  {k}": v for k, v in t.references.items()}}.items():
+            v = m.values[metric]
+            value = "-" if v.value is None else f"{v.value:.3f}"
+            interval = v.reason if v.low is None else f"[{v.low:.3f} {v.high:.3f}]"
+            ours = name == t.task.name
+            tail = (f"{t.task.chance:.3f}", f"{t.task.shape()} {t.task.digest[:8]}") if ours else ("", "")
+            rows.append((name, str(m.n), str(m.subjects), metric, value, interval, *tail))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    notes = [f"note    {t.task.name}: {n}" for t in found.tasks for n in t.metrics.notes]
+    return "\n".join([*lines, *notes])

@@ -1,0 +1,242 @@
+"""One self-contained HTML page of a run, an evaluation or a set of predictions (extra `report`).
+
+Nothing in the page is loaded from elsewhere: styles, plots and thumbnails are inside. It follows the reader's light or
+dark theme and fits a phone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unimed_jax import __version__
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate import plots, results
+
+TEMPLATES = Path(__file__).parent / "templates"
+_CONFIG = (  # settings that a reader of a report asks for first
+    ("batch_size", "Batch size"),
+    ("optim.lr", "Learning rate"),
+    ("optim.weight_decay", "Weight decay"),
+    ("optim.freeze", "Frozen"),
+    ("loss.kind", "Loss"),
+    ("model.dtype", "Precision"),
+    ("seed", "Seed"),
+)
+
+
+def require() -> None:
+    """Refuses early, before hours of work, when the extra is not installed.
+
+    Raises:
+        DataError: with the pip line.
+    """
+    for name in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(name) is None:
+            raise DataError(f"the report needs {name}, which is not installed", plots.PIP)
+
+
+def from_run(folder: str | Path) -> dict[str, Any]:
+    """Collects the page of a run folder or a results folder.
+
+    Raises:
+        UsageError: when there is no such folder.
+        DataError: when it holds neither results nor metrics, or they are damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"no folder {folder}", "give a run folder or the --out of unimed-jax eval")
+    found = _newest_results(folder)
+    lines = plots.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    if found is None and not lines:
+        raise DataError(
+            f"{folder} holds neither results.json nor metrics.jsonl", "unimed-jax eval writes results"
+        )
+    page: dict[str, Any] = {
+        "title": folder.resolve().name,
+        "curves": plots.curves(lines) if lines else [],
+        "tasks": [],
+    }
+    if found is not None:
+        stored, shown = results.read(found), _examples(found)
+        page["facts"] = _result_facts(stored)
+        page["tasks"] = [_task(t, shown.get(t["name"], [])) for t in stored["tasks"]]
+        page["title"] = stored["model"]["name"]
+    run = _json(folder / "config.json")
+    if isinstance(run, dict) and "batch_size" in run:
+        page["settings"] = [(name, _lookup(run, path)) for path, name in _CONFIG]
+        page["title"] = f"{run.get('name', '')}: {page['title']}" if run.get("name") else page["title"]
+    if lines:
+        page["last"] = _last(lines)
+    return page
+
+
+def from_predictions(
+    run: Mapping[str, Any],
+    pictures: Sequence[Mapping[str, Any]],
+    counts: Mapping[str, int],
+    errors: Sequence[Mapping[str, str]],
+) -> dict[str, Any]:
+    """Collects the page of `unimed-jax predict`.
+
+    Args:
+        run: the content of run.json.
+        pictures: examples with thumbnails, as in examples.json but without labels.
+        counts: class -> number of pictures that it was predicted for.
+        errors: {file, reason} of what could not be read.
+    """
+    total = sum(counts.values())
+    rows = [(name, n, n / total if total else 0.0) for name, n in counts.items()]
+    facts = [
+        ("Model", f"{run['model']['name']}, sha256 {run['model']['sha256'][:12]}"),
+        (
+            "Prompts",
+            f"{run['prompts']['name']}, {run['prompts']['shape']}, sha256 {run['prompts']['sha256'][:12]}",
+        ),
+        ("Pictures", f"{total} of {run['files']} files, {len(errors)} failed"),
+        ("Made", run["created"]),
+    ]
+    return {
+        "title": "Predictions",
+        "facts": facts,
+        "predicted": rows,
+        "pictures": [_shown(p) for p in pictures],
+        "errors": [dict(e) for e in errors],
+        "tasks": [],
+        "curves": [],
+    }
+
+
+def write(page: Mapping[str, Any], out: str | Path) -> Path:
+    """Renders a page and writes it, atomically.
+
+    Raises:
+        DataError: without jinja2, or when the file cannot be written.
+    """
+    out = Path(out)
+    text = render(page)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        results.write(out, text)
+    except OSError as e:
+        raise DataError(f"{out} cannot be written: {e.strerror or e}", "choose another --out") from e
+    return out
+
+
+def render(page: Mapping[str, Any]) -> str:
+    """The HTML of a page; every text in it is escaped.
+
+    Raises:
+        DataError: without jinja2.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise DataError("the report needs jinja2, which is not installed", plots.PIP) from None
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda x: f"{100 * x:.0f} %"
+    environment.filters["words"] = lambda m: "AUROC" if m == "auroc" else m.replace("_", " ")
+    environment.filters["figure"] = lambda x: "–" if x is None else f"{x:.3f}"
+    return environment.get_template("report.html.j2").render(page=page, use=results.USE, version=__version__)
+
+
+def _newest_results(folder: Path) -> Path | None:
+    found = [p.parent for p in (folder / "results.json", *folder.glob("eval/**/results.json")) if p.is_file()]
+    return max(found, key=lambda p: (p / "results.json").stat().st_mtime_ns) if found else None
+
+
+def _examples(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    stored = _json(folder / "examples.json")
+    return stored if isinstance(stored, dict) else {}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _lookup(run: Mapping[str, Any], path: str) -> str:
+    value: Any = run
+    for name in path.split("."):
+        value = value.get(name, "") if isinstance(value, Mapping) else ""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _last(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    newest: dict[str, Any] = {}
+    for line in lines:
+        newest |= line
+    wanted = {"step": "Steps", "loss": "Loss", "logit_scale": "Temperature", "images_per_s": "Images / s"}
+    show = lambda v: f"{v:,.4g}" if isinstance(v, float) else str(v)
+    return [(title, show(newest[name])) for name, title in wanted.items() if name in newest]
+
+
+def _result_facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
+    sources = stored["data"]["sources"].items()
+    code = stored["code"]
+    return [
+        (
+            "Model",
+            f"{stored['model']['name']}, sha256 {stored['model']['sha256'][:12]}, {stored['model']['dtype']}",
+        ),
+        (
+            "Data",
+            "; ".join(f"{name}, {s['records']} records, split {s['split'] or '–'}" for name, s in sources),
+        ),
+        ("Made", stored["created"]),
+        (
+            "Code",
+            f"unimed_jax {code['version']}" + (f", {code['revision'][:12]}" if code["revision"] else ""),
+        ),
+        ("Intervals", f"95 %, {stored['settings']['resamples']} bootstrap resamples by subject"),
+    ]
+
+
+def _task(t: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [
+        {"name": "this model", "n": t["n"], "subjects": t["subjects"], "values": t["values"], "ours": True}
+    ]
+    rows += [{"name": name, **r, "ours": False} for name, r in t["references"].items()]
+    return {
+        **t,
+        "title": _title(t["name"]),
+        "main": t["values"][t["metric"]],
+        "rows": rows,
+        "metrics": list(t["values"]),
+        "plot": plots.intervals(t),
+        "matrix": _matrix(t),
+        "hits": [_shown(e) for e in shown if e["hit"]],
+        "misses": [_shown(e) for e in shown if not e["hit"]],
+    }
+
+
+def _title(name: str) -> str:
+    """A task's name as a heading: "ct_region" is "CT region"."""
+    words = [w.upper() if w in ("ct", "mri", "us", "ih", "he") else w for w in name.split("_")]
+    return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
+
+
+def _matrix(t: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the confusion matrix with the share of the true class, which colours the cell."""
+    out = []
+    for place, (name, row) in enumerate(zip(t["classes"], t["confusion"], strict=True), 1):
+        total = sum(row)
+        cells = [{"n": n, "share": n / total if total else 0.0} for n in row]
+        out.append({"name": name, "place": place, "n": total, "cells": cells, "recall": t["recall"][name]})
+    return out
+
+
+def _shown(e: Mapping[str, Any]) -> dict[str, Any]:
+    scores = sorted(e["scores"].items(), key=lambda kv: -kv[1])[:3]
+    return {**e, "top": scores}

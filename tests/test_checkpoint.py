@@ -100,6 +100,10 @@ def test_flipped_bits_never_pass(tmp_path):
         file.write_bytes(data)
         with Checkpointer(folder) as saved:
             state, meta = saved.restore(wanted)
+            if meta["step"] == 1:  # the step that was damaged can be saved again
+                saved.save(2, states[2], {})
+                saved.wait()
+                assert saved.steps() == [1, 2]
         assert_same(state, states[meta["step"]])  # whatever comes back is right
         noticed += meta["step"] == 1
         assert ((folder / "damaged" / "2").is_dir()) == (meta["step"] == 1)

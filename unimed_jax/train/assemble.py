@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from unimed_jax import config, parallel
 from unimed_jax.data import pipeline, shards
 from unimed_jax.data.text import Tokenizer, load_tokenizer
-from unimed_jax.errors import UsageError
+from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
 from unimed_jax.train import checkpoint, features, hygiene, optim, run_folder, step
 
@@ -62,11 +62,14 @@ def tokenizer_path(data: config.Data) -> Path:
 
     Raises:
         UsageError: when neither `data.tokenizer` nor `data.root` is given.
+        DataError: when the root is missing.
     """
     if not (data.tokenizer or data.root):
         raise UsageError(
             "config: data.root is empty", "--config.data.root=FOLDER, as `unimed-jax data build` wrote it"
         )
+    if data.root and not Path(data.root).is_dir():
+        raise DataError(f"no folder {data.root}", "unimed-jax data build SOURCE --out DIR writes one")
     return Path(data.tokenizer) if data.tokenizer else Path(data.root) / "tokenizer.json"
 
 

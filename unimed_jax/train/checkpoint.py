@@ -268,6 +268,7 @@ class Checkpointer:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices(f"quarantined {step}")
+        self._manager.reload()  # it remembers the step, and would not save it again
 
 
 def load_params(

@@ -130,8 +130,14 @@ def end(error: BaseException) -> NoReturn:
 def die_alone(multi: bool) -> None:
     """In a multi-process run, makes any uncaught exception end this process at once instead of in a barrier."""
     if multi:
-        sys.excepthook = lambda kind, error, trace: end(error)
+        sys.excepthook = lambda kind, error, trace: None if _late_callback(error) else end(error)
         threading.excepthook = lambda a: end(a.exc_value or a.exc_type())
+
+
+def _late_callback(error: BaseException) -> bool:
+    """A read of a damaged checkpoint that ends after another one failed: TensorStore's threads report it this way."""
+    elsewhere = threading.current_thread() is not threading.main_thread()
+    return elsewhere and isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _process_index() -> int:
@@ -283,6 +289,8 @@ def quiet_libraries() -> None:
 
     import absl.logging
 
+    hook = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: None if _late_callback(error) else hook(kind, error, trace)
     absl.logging.set_verbosity(absl.logging.FATAL)
     for name in ("orbax", "jax", "tensorstore"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -140,7 +140,7 @@ class _Run:
         changes = self._refuse_other_run(meta)
         if meta["step"] > self.total:
             raise DataError(
-                f"{where} has done {meta['step']} steps, the duration is {self.total}",
+                f"the run in {self.workdir} has done {meta['step']} steps, the duration is {self.total}",
                 "give a longer duration",
             )
         self._tell(

@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> Train:
         batch_size=96,
         duration=Duration(steps=600),
         model=model,
-        data=Data(sources=(Source(name="minimed", captions="uniform"),), views=4, threads=2),
+        data=Data(sources=(Source(name="minimed", captions="uniform"),), views=2, threads=2),
         loss=Loss(tile=96, dedup="mask"),  # a small set: several images of a batch share a caption
         optim=Optim(
             lr=2e-3,

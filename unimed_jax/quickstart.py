@@ -285,6 +285,7 @@ def _evaluate(
         model, test, cfg.eval.tasks, resamples=cfg.eval.bootstrap, references=beside or {}
     )
     results.save(out / "eval", force=True)
+    model.save(out / "model", force=True)
     main = MAIN_TASK[data]
     seeds = [float(r[f"eval/{main}"]) for r in runs]
     summary = {
@@ -307,17 +308,15 @@ def _evaluate(
     write(out / "summary.md", table(summary))
     samples = save_samples(test, results, out / "samples")
     say(f"wrote {len(samples)} single pictures to {out / 'samples'}")
-    report.write(
-        out / "report.html",
-        out / "eval",
-        run=run_folder,
-        title="unimed_jax quickstart" + (" on SYNTHETIC data" if data == "phantom" else ""),
-        warning=SYNTHETIC if data == "phantom" else "",
-        summary=rows(summary),
-    )
-    return Outcome(
-        out=out, data=data, model=run_folder / "model", seeds=seeds, results=results, summary=summary
-    )
+    page = report.from_run(run_folder) | {
+        **{k: v for k, v in report.from_run(out / "eval").items() if k in ("facts", "tasks")},
+        "title": "Quickstart" + (" on SYNTHETIC data" if data == "phantom" else ""),
+        "subtitle": "Zero-shot recognition of images of subjects that no training saw, by unimed_jax",
+        "warning": SYNTHETIC if data == "phantom" else "",
+        "summary": {"title": f"{main.replace('_', ' ')}: balanced accuracy", "rows": rows(summary)},
+    }
+    report.write(page, out / "report.html")
+    return Outcome(out=out, data=data, model=out / "model", seeds=seeds, results=results, summary=summary)
 
 
 def save_samples(test: Any, results: Results, folder: Path) -> list[Path]:

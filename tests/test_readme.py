@@ -1,0 +1,136 @@
+"""Every command of the README and the docs runs, in a new folder that holds what they name."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "docs/data.md", "docs/evaluating.md", "CONTRIBUTING.md"]
+# Run by `make`'s own test below, by CI itself, or not without a package index.
+ELSEWHERE = ("make ", "pip install", ".venv/bin/pre-commit")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall((ROOT / page).read_text()) if kind == language]
+
+
+def commands(page: str) -> list[str]:
+    lines = [line for body in blocks(page, "bash") for line in body.replace("\\\n", " ").splitlines()]
+    plain = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    return [line for line in plain if line and not line.startswith(("#", *ELSEWHERE))]
+
+
+def usage_only(command: str) -> bool:
+    """A synopsis such as `train --config=FILE [...]` is no command to run."""
+    return "[" in command or "FILE" in command
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder as it is after `make demo`, with a user's own images and scans beside it."""
+    folder = tmp_path_factory.mktemp("home")
+    run = [sys.executable, "-m", "unimed_jax", "quickstart", "--out", "demo", "--offline"]
+    # An empty cache: the fall-back is what every machine has.
+    environment = {**os.environ, "UNIMED_JAX_CACHE": str(folder / "empty-cache"), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "SYNTHETIC" in done.stdout
+    rng = np.random.default_rng(0)
+    for name in ("scans", "images"):
+        (folder / name).mkdir()
+    for name in ("ct.png", "mri.png"):
+        Image.fromarray(rng.integers(0, 255, (80, 90), np.uint8)).save(folder / "scans" / name)
+    with (folder / "images" / "captions.csv").open("w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(["file", "caption", "modality", "patient", "split"])
+        for i in range(220):
+            name, modality = f"{i}.png", ("CT", "MRI")[i % 2]
+            Image.fromarray(rng.integers(0, 255, (40, 40), np.uint8)).save(folder / "images" / name)
+            split = "test" if i % 10 < 2 else "train"
+            table.writerow([name, f"a {modality} slice number {i}", modality, f"p{i}", split])
+    return folder
+
+
+def shorten(command: str) -> str:
+    """The same command, with fewer steps and a smaller model: what is tested is that it is right."""
+    if " train " in command and "--dry_run" not in command:
+        command += (
+            " --config.duration.steps=2 --config.batch_size=8 --config.optim.warmup.steps=1"
+            " --config.model.vision.width=32 --config.model.vision.heads=2 --config.model.vision.depth=1"
+            " --config.model.vision.mlp_dim=64 --config.model.text.width=32 --config.model.text.heads=2"
+            " --config.model.text.depth=1 --config.model.text.mlp_dim=64"
+        )
+    return command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_runs(page, home):
+    ran = 0
+    for command in commands(page):
+        if usage_only(command):
+            continue
+        assert command.startswith("unimed-jax "), f"{page}: who runs {command!r}?"
+        words = shlex.split(shorten(command))
+        for flag in ("--out", "--report", "--html"):
+            if flag in words and "data" not in words:
+                target = home / words[words.index(flag) + 1]
+                if target.is_file():
+                    target.unlink()
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-m", "unimed_jax", *words[1:]],
+            cwd=home,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{page}: {command}\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
+        ran += 1
+    assert ran or page == "CONTRIBUTING.md"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluating.md"])
+def test_every_python_block_runs(page, home):
+    for body in blocks(page, "python"):
+        if "minilm/" in body:  # needs real weights: tests/test_parity.py does the same with them
+            compile(body, page, "exec")
+            continue
+        done = subprocess.run(
+            [sys.executable, "-c", body],
+            cwd=home,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{page}:\n{body}\n{done.stderr[-2500:]}"
+
+
+def test_make_targets_of_the_readme_exist():
+    wanted = set(
+        re.findall(r"make (\w+)", (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text())
+    )
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"demo", "test", "env"} <= wanted <= targets
+    plan = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "unimed-jax quickstart --out demo" in plan.stdout
+
+
+def test_links_lead_somewhere():
+    for page in ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"

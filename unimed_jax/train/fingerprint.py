@@ -71,7 +71,8 @@ def fingerprint(tree: Any) -> dict[str, str]:
         True
     """
     leaves = leaf_paths(tree)
-    sums = jax.device_get([_sums(x) for x in leaves.values()])
+    # One after the other: each may hold a collective, and CPU devices deadlock with several of them in flight.
+    sums = [jax.device_get(_sums(x)) for x in leaves.values()]
     return {
         path: f"{describe(leaf)}:{int(a):08x}{int(b):08x}"
         for (path, leaf), (a, b) in zip(leaves.items(), sums, strict=True)

@@ -1,7 +1,7 @@
 """Where arrays live: the device mesh, an ordered table of sharding rules, and batches put onto the mesh.
 
 The mesh has two axes. Batch rows are split over both (`data`, `fsdp`); parameters and optimizer moments are split
-over `fsdp` only, each leaf along one axis, and are the same on every row of `data` (ZeRO-3, arXiv 1910.02054).
+over `fsdp` only, each leaf along one axis, and are the same on every row of `data` (as ZeRO, arXiv 1910.02054).
 Which axis is decided by the leaf's path and shape, outside the model: a model never knows how it is sharded.
 """
 
@@ -134,6 +134,32 @@ def shardings(
         )
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def whole(tree: Any, mesh: Mesh, *, min_size: int = 2**18) -> Any:
+    """Parameters made whole for use inside jit; their gradients come back split as the parameters are stored.
+
+    Without this the compiler may split activations by features to suit the weights, at many times the traffic.
+
+    Args:
+        tree: parameters whose leaves lie as `shardings` says, as traced in jit.
+        mesh: with an axis `fsdp`.
+        min_size: as it was given to `shardings`.
+    """
+    everywhere = replicated(mesh)
+
+    def gather(x, stored):
+        if stored.is_fully_replicated:
+            return x
+        use = jax.custom_vjp(lambda x: jax.lax.with_sharding_constraint(x, everywhere))
+        # The transpose of a plain constraint would sum whole gradients on every device: twice the traffic.
+        use.defvjp(
+            lambda x: (jax.lax.with_sharding_constraint(x, everywhere), None),
+            lambda _, g: (jax.lax.with_sharding_constraint(g, stored),),
+        )
+        return use(x)
+
+    return jax.tree.map(gather, tree, shardings(tree, mesh, min_size=min_size))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

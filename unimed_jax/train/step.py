@@ -113,7 +113,8 @@ def _gradients(cfg: config.Train, graphdef: nnx.GraphDef, mesh: Mesh) -> Callabl
 
     def embed(trainable: Params, fixed: Params, batch: Batch, key: PRNGKeyArray | None) -> Embeddings:
         # Only trainable parameters are differentiated: a frozen tower has no backward pass at all.
-        model = clip.bind(graphdef, optim.join(trainable, fixed))
+        params = parallel.whole(optim.join(trainable, fixed), mesh, min_size=cfg.mesh.min_size)
+        model = clip.bind(graphdef, params)
         return model(batch["image"], batch["tokens"], key=key, shards=mesh.size)
 
     def loss_of(e: Embeddings, batch: Batch) -> tuple[Array, Metrics]:

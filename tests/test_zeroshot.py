@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -387,3 +388,46 @@ def test_a_file_that_is_no_results_is_refused(tmp_path):
     (tmp_path / "results.json").write_text('{"format": "other"}')
     with pytest.raises(DataError, match="no results"):
         results.read(Path(tmp_path))
+
+
+def test_two_processes_share_the_records_and_agree(tiny, tmp_path):
+    tiny.save(tmp_path / "m")
+    code = """
+    import sys, json, jax
+    jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]), initialization_timeout=60)
+    from unimed_jax import config, infer, parallel
+    from unimed_jax.data.phantom import Phantom
+    from unimed_jax.evaluate import zeroshot
+    source = Phantom(n=30, size=40)
+    class Records(list): name = "phantom"
+    records = Records(source.example(i) for i in source.items())
+    decoded = []
+    plain = zeroshot.images.eval_image
+    from unimed_jax.data import pipeline
+    pipeline.images.eval_image = lambda data, size: decoded.append(size) or plain(data, size)
+    m = infer.load(sys.argv[1], mesh=parallel.make_mesh(config.Mesh(data=2, fsdp=2)), batch_size=8)
+    found = zeroshot.evaluate(m, records, "phantom_modality", resamples=20, examples=0)
+    task = found.tasks[0]
+    print(json.dumps([task.main.json(), [p.predicted for p in task.predictions], decoded.count(32), m.digest]))
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "m"), address]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    both = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(2)]
+    try:
+        outputs = [p.communicate(timeout=240) for p in both]
+    finally:
+        for p in both:
+            p.kill()
+    assert [p.returncode for p in both] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    first, second = (json.loads(out.strip().splitlines()[-1]) for out, _ in outputs)
+    assert first == second
+    assert first[2] == 16  # 30 records in 4 batches of 8: each process decodes 4 rows of each
+    assert first[3] == tiny.digest
+    source = Phantom(n=30, size=40)
+    records = Records(source.example(item) for item in source.items())
+    alone = zeroshot.evaluate(tiny, records, "phantom_modality", resamples=20, examples=0).tasks[0]
+    assert [p.predicted for p in alone.predictions] == first[1]

@@ -22,7 +22,14 @@ def get_config(arg: str = "") -> Train:
         batch_size=96,
         duration=Duration(steps=600),
         model=model,
-        data=Data(sources=(Source(name="minimed", captions="uniform"),), views=2, threads=2),
+        # Strong crops and jitter: three scanners and two people must not be what the heads learn.
+        data=Data(
+            sources=(Source(name="minimed", captions="uniform"),),
+            views=3,
+            crop_scale=(0.35, 1.0),
+            color_jitter=0.4,
+            threads=2,
+        ),
         loss=Loss(tile=96, dedup="mask"),  # a small set: several images of a batch share a caption
         optim=Optim(
             lr=2e-3,

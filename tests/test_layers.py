@@ -58,8 +58,14 @@ def imported(tree: ast.Module, *, anywhere: bool = True) -> Iterator[str]:
         if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
         for n in ast.walk(f)
     }
+    never_run = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, ast.If) and isinstance(f.test, ast.Name) and f.test.id == "TYPE_CHECKING"
+        for n in ast.walk(f)
+    }
     for node in ast.walk(tree):
-        if not anywhere and id(node) in inside:
+        if id(node) in never_run or (not anywhere and id(node) in inside):
             continue
         if isinstance(node, ast.Import):
             yield from (a.name for a in node.names)

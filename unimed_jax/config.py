@@ -144,7 +144,9 @@ class Data:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: bool = False  # the reference has none: left and right matter in medicine
     color_jitter: float = 0.0  # brightness and contrast strength; 0 = off, as the reference
-    views: int = 0  # fixed crops a record, used in turn and equal for every seed; 0 = a fresh crop each epoch
+    # Fixed crops a record, used in turn and equal for every seed; the first is the picture that evaluation sees.
+    # 0 = a fresh crop each epoch.
+    views: int = 0
     # Folder for the features of frozen towers, computed once instead of every step (LiT, arXiv 2111.07991). Exact:
     # the same losses as without. Needs views > 0 for a frozen vision tower. Empty = off.
     features: str = ""

@@ -93,7 +93,10 @@ class Blocks:
         return self.picture(example, draw), self.caption(example, draw)
 
     def picture(self, example: Example, draw: mixture.Draw) -> UInt8[np.ndarray, "h w 3"]:
-        """The crop of a draw. With fixed views it depends neither on the seed nor on more of the epoch than the view.
+        """The crop of a draw.
+
+        With fixed views it depends neither on the seed nor on more of the epoch than the view, and view 0 is the
+        picture that evaluation sees.
 
         Raises:
             DataError: naming the source, the record and its key.
@@ -102,6 +105,8 @@ class Blocks:
         if self.views:
             draw, seed = draw._replace(epoch=draw.epoch % self.views), 0
         with blaming(self.sources[draw.source], draw.record, name, example.key):
+            if self.views and draw.epoch == 0:
+                return images.eval_image(example.image, self.image_size)
             rng = mixture.generator(seed, name, draw, "image")
             return images.train_image(example.image, self.image_size, rng, **self.transform)
 

@@ -39,10 +39,13 @@ class Minimed:
     Attributes:
         split: "subject" (honest) or "random" (leaky, for the figure that warns of it; the source is then named
             minimed_leaky).
+        per_series: at most so many pictures of one subject, plane and window outside of the test split, evenly spaced
+            (neighbouring slices say almost the same); 0 = all.
         cache: folder of the fetched packages; default `fetch.cache_dir()`.
     """
 
     split: str = "subject"
+    per_series: int = 0
     cache: str = ""
     licence: str = field(
         default="mixed, per package (see the table); use at run time, do not redistribute the pictures",
@@ -64,6 +67,7 @@ class Minimed:
         made_from = [
             _RECIPE,
             self.split,
+            self.per_series,
             [p.sha256 for p in IMAGES],
             PATTERNS,
             sorted(TEST),
@@ -104,10 +108,11 @@ class Minimed:
                 "python -m unimed_jax.data.minimed.fetch",
             )
         choose = SPLITS[self.split]
-        return [
+        items = [
             Item(key=p.key, split=choose(p.facts.subject, p.key), picture=p)
             for p in _pictures(str(self._cache))
         ]
+        return thinned(items, self.per_series) if self.per_series else items
 
     def example(self, item: Item) -> Example:
         """Renders one picture as PNG with its captions, labels and subject."""
@@ -136,6 +141,28 @@ class Minimed:
         for (modality, split), n in pictures.items():
             out[modality][split] = n, len(subjects[modality, split])
         return dict(out)
+
+
+def thinned(items: list[Item], per_series: int) -> list[Item]:
+    """Keeps at most `per_series` evenly spaced items of a subject, plane and window; the test split stays whole.
+
+    Example:
+        >>> [i for i in range(10) if i in {round(k * 9 / 3) for k in range(4)}]  # 4 of 10
+        [0, 3, 6, 9]
+    """
+    series: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
+    for n, item in enumerate(items):
+        facts = item.picture.facts
+        series[item.split, facts.modality, facts.subject, facts.plane, facts.window].append(n)
+    kept: set[int] = set()
+    for (split, *_), members in series.items():
+        few = split == "test" or len(members) <= per_series
+        last = max(1, per_series - 1)
+        chosen = (
+            range(len(members)) if few else (round(k * (len(members) - 1) / last) for k in range(per_series))
+        )
+        kept.update(members[k] for k in chosen)
+    return [item for n, item in enumerate(items) if n in kept]
 
 
 @functools.lru_cache(maxsize=1)

@@ -231,11 +231,13 @@ def assert_equal_gradients(got, want):
         np.testing.assert_allclose(a[k], b[k], rtol=1e-5, atol=1e-6 * largest, err_msg=k)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_equal_the_full_batch():
     m = small_model.model(text__dropout=0.0)
     assert_equal_gradients(gradients(experiment(m, accum_steps=4)), gradients(experiment(m)))
 
 
+@pytest.mark.slow
 def test_accumulation_keeps_the_dropout_of_each_micro_batch():
     assert_equal_gradients(gradients(experiment(accum_steps=2)), gradients(experiment(), parts_by_hand=2))
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimed_jax.data import limits, lock, record, shards, validate, verify
+from unimed_jax.data import images, limits, lock, record, shards, validate, verify
 from unimed_jax.data.export import default_shards, export
 from unimed_jax.data.record import Caption, Example
 from unimed_jax.data.shards import Manifest, Shards, find_sources
@@ -392,6 +392,23 @@ def test_bad_items_are_counted_listed_and_change_nothing_else(source, tmp_path, 
     assert ours == clean
     assert {k: record.encode(e) for k, e in ours.items()} == {k: record.encode(e) for k, e in clean.items()}
     assert verify.check(tmp_path / "out").ok
+
+
+def test_a_picture_that_takes_too_long_is_rejected(monkeypatch):
+    def endless(*_, **__):
+        while True:
+            pass
+
+    good = images.decode
+    example = Example(key="a", image=b"x", image_format="png", height=1, width=1, captions=())
+    monkeypatch.setattr(images, "decode", endless)
+    monkeypatch.setattr(limits, "MAX_DECODE_SECONDS", 0.05)
+    with pytest.raises(validate.Reject) as e:
+        validate.finish(example)
+    assert e.value.reason == "too_slow"
+    monkeypatch.setattr(images, "decode", good)  # the limit ends with the picture
+    with pytest.raises(validate.Reject, match="decode_error"):
+        validate.finish(example)
 
 
 def test_too_many_rejects_stop_the_export_without_a_manifest(tmp_path):

@@ -84,13 +84,16 @@ def finish(example: Example, count: Callable[[str], int] | None = None) -> Examp
         count: as in `clean_captions`.
 
     Raises:
-        Reject: empty_file, too_large, decode_error, modality, or one of `clean_captions`.
+        Reject: empty_file, too_large, too_slow, decode_error, modality, or one of `clean_captions`.
     """
     try:
-        pixels = images.decode(example.image)
+        with limits.processor_time(limits.MAX_DECODE_SECONDS):
+            pixels = images.decode(example.image)
         image_format = images.image_format(example.image)
     except images.TooLarge as e:
         raise Reject("too_large", e.cause) from e
+    except limits.TooSlow as e:
+        raise Reject("too_slow", f"decoding took {e}") from e
     except DataError as e:
         raise Reject("decode_error" if example.image else "empty_file", e.cause) from e
     if example.modality and example.modality not in config.MODALITIES:

@@ -224,7 +224,7 @@ def _image_features(blocks: Any, run: Callable[[np.ndarray], jax.Array], tell: T
             if n + 2 < len(ahead):
                 pending.append(pool.map(picture, ahead[n + 2]))
             out.append(np.asarray(run(_filled(images)))[: len(part)])
-            if n % 20 == 19 or n + 1 == len(ahead):
+            if n % 8 == 7 or n + 1 == len(ahead):
                 tell(
                     f"features of frozen vision tower: {min((n + 1) * BATCH, len(draws))} of {len(draws)} crops"
                 )

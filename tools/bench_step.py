@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def parse() -> argparse.Namespace:
@@ -120,18 +121,19 @@ def peer(m, batch: dict, args: argparse.Namespace, on_gpu: bool):
     if not on_gpu:
         torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     v, t = m.vision, m.text
+    sdpa: dict[str, Any] = {"attn_implementation": "sdpa"}
     vision = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=v.width, intermediate_size=v.mlp_dim, num_hidden_layers=v.depth,
             num_attention_heads=v.heads, image_size=v.image_size, patch_size=v.patch_size,
-            projection_dim=m.embed_dim, hidden_act=v.act, layer_norm_eps=v.ln_eps, attn_implementation="sdpa",
+            projection_dim=m.embed_dim, hidden_act=v.act, layer_norm_eps=v.ln_eps, **sdpa,
         )
     )  # fmt: skip
     bert = BertModel(
         BertConfig(
             vocab_size=t.vocab_size, hidden_size=t.width, num_hidden_layers=t.depth, num_attention_heads=t.heads,
             intermediate_size=t.mlp_dim, max_position_embeddings=t.max_positions, layer_norm_eps=t.ln_eps,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sdpa,
         ),
         add_pooling_layer=False,
     )  # fmt: skip
@@ -142,9 +144,10 @@ def peer(m, batch: dict, args: argparse.Namespace, on_gpu: bool):
         torch.nn.Linear(hidden, m.embed_dim, bias=False),
     )
     scale = torch.nn.Parameter(torch.tensor(2.6593, device=device))
-    for module in (vision, bert, head):
-        module.to(device).train()
-    parameters = [p for module in (vision, bert, head) for p in module.parameters()] + [scale]
+    modules: list[torch.nn.Module] = [vision, bert, head]
+    for module in modules:
+        module.to(torch.device(device)).train()
+    parameters = [p for module in modules for p in module.parameters()] + [scale]
     opt = torch.optim.AdamW(parameters, lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, fused=True)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device)[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device)[:, None, None]
@@ -228,9 +231,7 @@ def main() -> None:
         sides[name] = (once, wait)
         facts |= more
     times = measure(sides, args.rounds, args.steps)
-    work = (
-        (1 if args.forward else 3) * sum(flops.forward_flops(m, text_length=args.text).values()) * args.batch
-    )
+    work = (1 if args.forward else 3) * (flops.image_flops(m) + flops.text_flops(m, args.text)) * args.batch
     report = {
         "command": "python tools/bench_step.py " + " ".join(sys.argv[1:]),
         **facts,

@@ -9,7 +9,11 @@ Public names load on first use, so that importing the package costs nothing:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time the names load on first use
+    from unimed_jax.errors import UnimedError
+    from unimed_jax.infer import Loaded, create_model_and_transforms, get_tokenizer, load
 
 __version__ = "0.1.0"
 

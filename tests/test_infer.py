@@ -15,10 +15,12 @@ import jax
 import numpy as np
 import pytest
 import small_model
+import test_medical
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from unimed_jax import infer, model_folder
+from unimed_jax.cli import models as models_verb
 from unimed_jax.data import images
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
@@ -437,6 +439,16 @@ def test_a_run_gives_its_newest_checkpoint_or_its_model(tiny, folder, tmp_path):
 # ---- open_clip's words
 
 
+def test_the_check_finds_a_flipped_bit_that_loads(copy, capsys):
+    assert models_verb.run(["check", str(copy)]) == 0
+    assert "both towers run" in capsys.readouterr().out
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1 << 5  # still a finite number
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(DataError, match="has changed since it was saved"):
+        models_verb.run(["check", str(copy)])
+
+
 def test_open_clip_words(folder):
     model, preprocess_train, preprocess = infer.create_model_and_transforms(folder)
     tokenize = infer.get_tokenizer(folder)
@@ -450,6 +462,27 @@ def test_open_clip_words(folder):
     )
     assert (z @ t.T).shape == (2, 2)
     assert (tokenize(["a ct"]) == model.tokenizer.encode(["a ct"], 32)).all()
+
+
+def test_training_and_evaluation_transforms_take_the_same_pictures(tiny, tmp_path):
+    gray = small_model.pictures(1, size=64)[0, ..., 0]
+    Image.fromarray(gray).save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    for picture in (path, str(path), path.read_bytes(), gray, Image.fromarray(gray).convert("CMYK")):
+        assert tiny.preprocess(picture).shape == (32, 32, 3)
+        assert tiny.preprocess_train(picture, np.random.default_rng(0)).shape == (32, 32, 3)
+    for transform in (tiny.preprocess, tiny.preprocess_train):
+        with pytest.raises(UsageError, match="a picture is float64"):
+            transform(np.zeros((4, 4)))
+        with pytest.raises(DataError, match=r"no\.png"):
+            transform(tmp_path / "no.png")
+
+
+def test_both_transforms_read_dicom(tiny):
+    pytest.importorskip("pydicom", reason='pip install "unimed-jax[medical]"')
+    path = test_medical.sample("CT_small.dcm")
+    for transform in (tiny.preprocess, tiny.preprocess_train):
+        assert transform(path).max() > 0
 
 
 def test_a_name_alone_has_random_weights_and_says_so():

@@ -20,6 +20,7 @@ from PIL import Image
 from unimed_jax import infer
 from unimed_jax.cli import eval as eval_verb
 from unimed_jax.cli import predict as verb
+from unimed_jax.data import medical
 from unimed_jax.data.phantom import Phantom
 from unimed_jax.errors import DataError, SomeInputsFailed, UnimedError, UsageError
 from unimed_jax.evaluate import predict, tasks
@@ -67,11 +68,11 @@ def test_a_folder_becomes_a_table(model, study, tmp_path, capsys):
         [[float(r["score: ct"]), float(r["score: mri"])] for r in found], expected, atol=1e-4
     )
     assert [r["predicted"] for r in found] == [("ct", "mri")[k] for k in expected.argmax(1)]
-    record = json.loads((out.parent / "run.json").read_text())
+    record = json.loads((out.parent / "p.run.json").read_text())
     assert record["model"]["sha256"] == loaded.digest
     assert record["prompts"]["classes"]["ct"][0] == "a CT image: ct"
     assert (record["files"], record["pictures"], record["failed"]) == (3, 3, 0)
-    assert not (out.parent / "errors.csv").exists()
+    assert not (out.parent / "p.errors.csv").exists()
     printed = capsys.readouterr().out
     for word in ("model   tiny", "prompts labels", "3 files", "wrote", "not a medical device"):
         assert word in printed
@@ -86,7 +87,7 @@ def test_bad_files_are_listed_and_the_others_are_unchanged(model, study, tmp_pat
         run(model, study, out=tmp_path / "dirty" / "p.csv")
     assert e.value.exit_code == 4
     assert (tmp_path / "dirty" / "p.csv").read_bytes() == (tmp_path / "clean" / "p.csv").read_bytes()
-    errors = {Path(r["file"]).name: r["reason"] for r in rows(tmp_path / "dirty" / "errors.csv")}
+    errors = {Path(r["file"]).name: r["reason"] for r in rows(tmp_path / "dirty" / "p.errors.csv")}
     assert errors.keys() == {"cut.png", "empty.jpg", "=cmd.png"}
     assert "empty" in errors["empty.jpg"]
     assert "cut.png" in errors["cut.png"]
@@ -96,7 +97,7 @@ def test_all_files_bad_is_a_data_error(model, tmp_path):
     (tmp_path / "x.png").write_text("text")
     with pytest.raises(DataError, match="none of 1 files"):
         run(model, tmp_path / "x.png", out=tmp_path / "p.csv")
-    assert len(rows(tmp_path / "errors.csv")) == 1
+    assert len(rows(tmp_path / "p.errors.csv")) == 1
     assert rows(tmp_path / "p.csv") == []
 
 
@@ -110,7 +111,7 @@ def test_names_cannot_be_formulas(model, tmp_path, monkeypatch):
     found = rows(tmp_path / "p.csv")
     assert [r["file"] for r in found] == ["'=1.png", "'+1.png", "'@1.png"]
     assert found[0]["predicted"] in ("'=1+1", "'@b")
-    assert json.loads((tmp_path / "run.json").read_text())["prompts"]["classes"].keys() == {"=1+1", "@b"}
+    assert json.loads((tmp_path / "p.run.json").read_text())["prompts"]["classes"].keys() == {"=1+1", "@b"}
 
 
 def test_the_page_shows_the_pictures(model, study, tmp_path):
@@ -135,9 +136,16 @@ def test_frames_windows_and_kinds(model, tmp_path):
         ("20", "US"),
         ("0", "CT"),
     ]
-    record = json.loads((tmp_path / "run.json").read_text())
+    record = json.loads((tmp_path / "p.run.json").read_text())
     assert record["kinds"] == {"DICOM US": 1, "DICOM CT": 1}
     assert record["settings"]["window"] == "lung"
+
+
+def test_a_movie_does_not_fill_the_page(model, tmp_path):
+    pytest.importorskip("pydicom", reason='pip install "unimed-jax[medical]"')
+    movie, every = test_medical.sample("examples_ybr_color.dcm"), medical.Slices.parse("all")
+    found = predict.predict(infer.load(model), [movie], tasks.from_labels(["a", "b"]), slices=every, shown=2)
+    assert len(found.rows) > len(found.shown) == 2
 
 
 def test_batches_do_not_change_scores(model, tmp_path):
@@ -200,7 +208,7 @@ def test_outputs_are_checked_before_the_work(model, study, tmp_path, monkeypatch
     with pytest.raises(UsageError, match="is a folder"):
         run(model, study, out=tmp_path)
     with pytest.raises(UsageError, match="same name"):
-        run(model, study, out=tmp_path / "run.json")
+        run(model, study, out=tmp_path / "q.csv", report=str(tmp_path / "q.run.json"))
     with pytest.raises(DataError, match="cannot be made"):
         run(model, study, out=tmp_path / "p.csv" / "q.csv")
     with pytest.raises(DataError, match="no file or folder"):
@@ -218,7 +226,14 @@ def test_force_replaces_and_drops_an_old_list_of_errors(model, study, tmp_path):
         run(model, study, out=tmp_path / "p.csv")
     (study / "bad.png").unlink()
     assert run(model, study, out=tmp_path / "p.csv", force="") == 0
-    assert not (tmp_path / "errors.csv").exists()
+    assert not (tmp_path / "p.errors.csv").exists()
+
+
+def test_two_tables_share_a_folder(model, study, tmp_path):
+    assert run(model, study, out=tmp_path / "one.csv") == 0
+    assert run(model, study, out=tmp_path / "two.csv") == 0
+    made = {"one.csv", "one.run.json", "two.csv", "two.run.json"}
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == made
 
 
 def test_files_are_found_in_a_fixed_order(tmp_path):
@@ -262,9 +277,9 @@ def test_no_identifier_reaches_any_output(model, tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, timeout=240)
     assert done.returncode == 4, done.stderr.decode()[-2000:]
     names = sorted(p.name for p in out.iterdir())
-    assert names == ["errors.csv", "p.csv", "p.html", "run.json"]
+    assert names == ["p.csv", "p.errors.csv", "p.html", "p.run.json"]
     assert len(rows(out / "p.csv")) == 1
-    assert len(rows(out / "errors.csv")) == 2
+    assert len(rows(out / "p.errors.csv")) == 2
     assert len(canaries) == 40
     seen = {p.name: p.read_bytes() for p in [*out.iterdir(), tmp_path / "log.txt"]}
     seen |= {"stdout": done.stdout, "stderr": done.stderr}
@@ -322,6 +337,7 @@ def test_eval_writes_results_and_a_page(model, records, tmp_path, capsys):
     [
         (["--split", "tset"], "has the split 'tset'"),
         (["--sources", "other"], "no source 'other'"),
+        (["--sources", "phantom", "--split", "tset"], "phantom has no split 'tset'"),
         (["--tasks", "modalty"], "Did you mean"),
         (["--tasks", "modality"], "none of 24 records"),
         (["--tasks", "phantom_modality,phantom_modality"], "given twice"),
@@ -337,7 +353,7 @@ def test_eval_refuses(model, records, tmp_path, change, words):
         "--tasks": "phantom_modality",
         "--out": str(tmp_path / "e"),
     }
-    base |= dict([change])
+    base |= dict(zip(change[::2], change[1::2], strict=True))
     with pytest.raises(UnimedError) as e:
         eval_verb.run([x for pair in base.items() for x in pair])
     assert words in e.value.line()

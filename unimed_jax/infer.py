@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -109,32 +110,21 @@ class Loaded:
             DataError: for a file that holds no picture.
             UsageError: for an array of another type or shape.
         """
-        if isinstance(picture, (str, os.PathLike)):
-            return medical.read(Path(picture))[0].square(self.image_size)
-        if isinstance(picture, (bytes, Image.Image)):
-            return pictures.eval_image(picture, self.image_size)
-        array = np.asarray(picture)
-        if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
-            raise UsageError(
-                f"a picture is {array.dtype}{list(array.shape)}",
-                "uint8 [height, width] or [height, width, 3]",
-            )
-        return pictures.eval_image(Image.fromarray(array), self.image_size)
+        return pictures.eval_image(_readable(picture), self.image_size, where=_name(picture))
 
     def preprocess_train(
         self, picture: Picture, rng: np.random.Generator | None = None
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """A training picture: random crop of 90 to 100 % of the area, as in the reference; see `preprocess`."""
-        if isinstance(picture, (str, os.PathLike)):
-            picture = Path(picture).read_bytes()
-        if not isinstance(picture, bytes):
-            import io
-
-            image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+        """A training picture: a random crop of 90 to 100 % of the area, of whatever `preprocess` takes."""
+        found = _readable(picture)
+        if isinstance(found, Image.Image):
             buffer = io.BytesIO()
-            image.save(buffer, "PNG", compress_level=0)
-            picture = buffer.getvalue()
-        return pictures.train_image(picture, self.image_size, rng or np.random.default_rng())
+            keeps = found.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+            (found if keeps else found.convert("RGB")).save(buffer, "PNG", compress_level=0)
+            found = buffer.getvalue()
+        return pictures.train_image(
+            found, self.image_size, rng or np.random.default_rng(), where=_name(picture)
+        )
 
     def encode_image(
         self, images: UInt8[np.ndarray, "b h w 3"] | Sequence[Picture], *, normalize: bool = True
@@ -312,6 +302,24 @@ def _encoders(
 @functools.lru_cache(maxsize=16)
 def _gather(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda x: x, out_shardings=parallel.replicated(mesh))
+
+
+def _readable(picture: Picture) -> bytes | Image.Image:
+    """What data/images.py takes; of a DICOM or NIfTI file its middle frame."""
+    if isinstance(picture, (str, os.PathLike)):
+        picture = medical.read(Path(picture))[0].data
+    if isinstance(picture, (bytes, Image.Image)):
+        return picture
+    array = np.asarray(picture)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        raise UsageError(
+            f"a picture is {array.dtype}{list(array.shape)}", "uint8 [height, width] or [height, width, 3]"
+        )
+    return Image.fromarray(array)
+
+
+def _name(picture: Picture) -> str:
+    return Path(picture).name if isinstance(picture, (str, os.PathLike)) else ""
 
 
 def _cut(array: np.ndarray, index: Any) -> np.ndarray:

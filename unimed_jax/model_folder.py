@@ -6,7 +6,6 @@ parameter paths joined by "/") and `tokenizer.json`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from unimed_jax import __version__, config
 from unimed_jax.convert.hf import read_with_metadata
 from unimed_jax.data.images import NORMALIZE
 from unimed_jax.data.text import Tokenizer
+from unimed_jax.data.writer import file_sha256
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip, zoo
 from unimed_jax.train import checkpoint
@@ -125,6 +125,23 @@ def read_tokenizer(path: str | Path) -> tuple[Tokenizer, int]:
             return _open_tokenizer(folder / TOKENIZER, cfg, digest, folder), cfg.text.context_length
     cfg, _, tokenizer = read(path)
     return tokenizer, cfg.text.context_length
+
+
+def verify(path: str | Path) -> None:
+    """Compares the files of a model folder, or of a run's, with the SHA-256 that its config.json holds.
+
+    Raises:
+        DataError: for a file that has changed since it was saved.
+    """
+    for folder in (Path(path), Path(path) / "model"):
+        if not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
+            continue
+        _read_config(folder)
+        spec = json.loads((folder / CONFIG).read_text("utf-8"))
+        for name, part in ((WEIGHTS, "weights"), (TOKENIZER, "tokenizer")):
+            wanted = spec.get(part, {}).get("sha256", "")
+            if wanted and (folder / name).is_file() and file_sha256(folder / name) != wanted:
+                raise DataError(f"{folder / name} has changed since it was saved", "copy the folder again")
 
 
 def check(leaves: Mapping[str, np.ndarray], cfg: config.Model, where: str) -> None:
@@ -245,7 +262,7 @@ def save(
 
 def _describe(cfg: config.Model, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     mean, std = NORMALIZE[cfg.vision.normalize]
-    sha = lambda name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    sha = lambda name: file_sha256(folder / name)
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -98,6 +98,11 @@ def _sources(root: Path, split: str, names: list[str]) -> list[Shards]:
         raise UsageError(f"no source {unknown[0]!r} in {root}", f"there are: {', '.join(found)}")
     wanted = {n: folder for n, folder in found.items() if not names or n in names}
     have = [n for n, folder in wanted.items() if split in shards.Manifest.read(folder).splits]
+    lacking = [n for n in names if n not in have]
+    if lacking:  # asked for by name, it is not left out silently
+        raise DataError(
+            f"source {lacking[0]} has no split {split!r}", "unimed-jax data stats shows the splits"
+        )
     if not have:
         raise DataError(
             f"no source in {root} has the split {split!r}", "unimed-jax data stats shows the splits"

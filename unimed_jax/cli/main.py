@@ -15,7 +15,7 @@ VERBS = {
     "eval": ("zero-shot evaluation of a model on records", "unimed_jax.cli.eval"),
     "predict": ("score image files against labels, to CSV", "unimed_jax.cli.predict"),
     "data": ("build, check, stats, show", "unimed_jax.cli.data"),
-    "models": ("list and show named models", "unimed_jax.cli.models"),
+    "models": ("list and show named models, check a model folder", "unimed_jax.cli.models"),
     "report": ("one HTML page of a run or results folder", "unimed_jax.cli.report"),
     "doctor": ("versions, devices, extras, caches", "unimed_jax.cli.doctor"),
 }

@@ -15,7 +15,7 @@ def run(argv: list[str]) -> int:
     lister = verbs.add_parser("list", help="every named model, one a line")
     show = verbs.add_parser("show", help="one model in full")
     show.add_argument("name", help="a name from `list`")
-    check = verbs.add_parser("check", help="load a model folder, verify it and run it once")
+    check = verbs.add_parser("check", help="compare a model folder with its digests, load it and run it once")
     check.add_argument("folder", help="folder with config.json, model.safetensors, tokenizer.json")
     for p in (lister, show):
         p.add_argument("--json", action="store_true", help="machine-readable output")
@@ -113,9 +113,10 @@ def _show(f: dict[str, Any], *, as_json: bool) -> int:
 def _check(folder: str) -> int:
     import numpy as np
 
-    from unimed_jax import infer
+    from unimed_jax import infer, model_folder
     from unimed_jax.errors import DataError
 
+    model_folder.verify(folder)
     loaded = infer.load(folder)
     size = loaded.cfg.vision.image_size
     ramp = np.linspace(0, 255, size * size * 3).astype(np.uint8).reshape(1, size, size, 3)

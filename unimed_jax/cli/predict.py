@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NOTE = "scores are not calibrated probabilities; research use only, not a medical device"
 _SHOWN = 48  # pictures in the report
+_BESIDE = {"errors": "errors.csv", "run": "run.json"}
 
 
 def _parser() -> Parser:
@@ -44,7 +45,7 @@ def _parser() -> Parser:
         "--slices", default="middle", help="middle, all or every:N, of files with several frames"
     )
     parser.add_argument(
-        "--out", required=True, metavar="OUT.csv", help="errors.csv and run.json go beside it"
+        "--out", required=True, metavar="OUT.csv", help="OUT.errors.csv and OUT.run.json go beside it"
     )
     parser.add_argument(
         "--report", default="", metavar="OUT.html", help="write a page with the pictures, too"
@@ -60,7 +61,7 @@ def _parser() -> Parser:
 
 
 def run(argv: list[str]) -> int:
-    """Predicts; exit code 4 when some files failed, which errors.csv lists."""
+    """Predicts; exit code 4 when some files failed, which OUT.errors.csv lists."""
     args = _parser().parse(argv)
     if args.batch_size < 1 or args.threads < 1:
         raise UsageError("--batch-size and --threads must be at least 1")
@@ -131,7 +132,9 @@ def _task(args: argparse.Namespace) -> Task:
 def _outputs(args: argparse.Namespace) -> dict[str, Path]:
     """Where everything goes; refuses before any work what could not be written afterwards."""
     out = Path(args.out)
-    found = {"out": out, "errors": out.with_name("errors.csv"), "run": out.with_name("run.json")}
+    # Named after the table: several of them share a folder.
+    beside = {name: out.with_name(f"{out.stem}.{end}") for name, end in _BESIDE.items()}
+    found = {"out": out, **beside}
     if args.report:
         found["report"] = Path(args.report)
     if len(set(found.values())) < len(found):
@@ -155,7 +158,7 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
 def _record(
     args: argparse.Namespace, model: Loaded, task: Task, found: Predictions, files: int
 ) -> dict[str, Any]:
-    """run.json: what a second person needs to get the same numbers; no file names."""
+    """OUT.run.json: what a second person needs to get the same numbers; no file names."""
     import datetime
 
     from unimed_jax import __version__

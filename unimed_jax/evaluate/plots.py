@@ -21,7 +21,7 @@ _LINES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06")
 PANELS = (
     ("Training loss", "nats", r"loss", False),
     ("Zero-shot during training", "score", r"eval/.+", False),
-    ("Temperature", "factor on cosines", r"logit_scale", False),
+    ("Logit scale", "factor on cosines", r"logit_scale", False),
     ("Learning rate", "", r"lr|learning_rate", False),
     ("Speed", "images / s", r"images_per_s", False),
 )

@@ -116,7 +116,7 @@ def predict(
             for r, vector, p in zip(ready, z, odds / odds.sum(1, keepdims=True), strict=True):
                 scores = dict(zip(out.classes, p.tolist(), strict=True))
                 out.rows.append(_row(r, scores))
-                if r.thumbnail:
+                if r.thumbnail and len(out.shown) < shown:
                     out.shown.append(_card(out.rows[-1], r, scores, texts, prompts @ vector))
         if progress:
             progress(done, len(files))

@@ -83,7 +83,7 @@ def from_predictions(
     """Collects the page of `unimed-jax predict`.
 
     Args:
-        run: the content of run.json.
+        run: the content of OUT.run.json.
         pictures: examples with thumbnails, as in examples.json but without labels.
         counts: class -> number of pictures that it was predicted for.
         errors: {file, reason} of what could not be read.
@@ -177,7 +177,7 @@ def _last(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     newest: dict[str, Any] = {}
     for line in lines:
         newest |= line
-    wanted = {"step": "Steps", "loss": "Loss", "logit_scale": "Temperature", "images_per_s": "Images / s"}
+    wanted = {"step": "Steps", "loss": "Loss", "logit_scale": "Logit scale", "images_per_s": "Images / s"}
     show = lambda v: f"{v:,.4g}" if isinstance(v, float) else str(v)
     return [(title, show(newest[name])) for name, title in wanted.items() if name in newest]
 

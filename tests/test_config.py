@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 
 import pytest
 
 from unimed_jax import config
+from unimed_jax.data import images
 from unimed_jax.errors import UsageError
 
 
@@ -66,6 +69,14 @@ def test_from_dict_names_what_is_wrong(values, words):
         ("checkpoint.keep", 1, "at least 2"),
         ("data.crop_scale", (0.0, 1.0), "crop_scale"),
         ("mesh.fsdp", 0, "mesh.fsdp is 0"),
+        ("model.vision.patch_size", 0, "patch_size is 0. Fix: at least 1"),
+        ("model.vision.normalize", "imagnet", "one of openai, imagenet, half"),
+        ("model.text.dropout", 1.0, "model.text.dropout is 1.0. Fix: at least 0, below 1"),
+        ("log_every", 0, "log_every is 0. Fix: at least 1"),
+        ("data.prefetch", -1, "data.prefetch is -1"),
+        ("optim.clip_norm", math.nan, "optim.clip_norm is nan"),
+        ("optim.lr", math.inf, "optim.lr is inf"),
+        ("optim.b2", 1.0, "optim.b2 is 1.0"),
     ],
 )
 def test_validate_refuses(path, value, word):
@@ -75,6 +86,29 @@ def test_validate_refuses(path, value, word):
     with pytest.raises(UsageError, match="config: ") as e:
         config.validate(c)
     assert word in str(e.value)
+
+
+def test_every_number_has_a_range():
+    """A zero or a NaN must be refused before the run, not divide by zero within it."""
+
+    def numbers(c, prefix=""):
+        for f in dataclasses.fields(c):
+            value, path = getattr(c, f.name), prefix + f.name
+            if dataclasses.is_dataclass(value):
+                yield from numbers(value, f"{path}.")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                yield path
+
+    otherwise = re.compile(
+        r"(duration|.*\.every|optim\.warmup)\..*|mesh\.(data|fsdp)|optim\.layer_decay"
+        r"|model\.init_.*|model\.text\.eot_id"
+    )
+    free = {path for path in numbers(config.Train()) if not otherwise.fullmatch(path)}
+    assert free == set(config._RANGES)
+
+
+def test_words_of_the_normalisation_are_those_of_the_pictures():
+    assert config._CHOICES["model.vision.normalize"] == tuple(images.NORMALIZE)
 
 
 def test_durations_agree():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -246,6 +245,7 @@ class Train:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.vision.act": ("quick_gelu", "gelu"),
+    "model.vision.normalize": ("openai", "imagenet", "half"),  # the table in data/images.py
     "model.vision.pool": ("cls", "mean"),
     "model.vision.proj": ("none", "linear", "mlp"),
     "model.text.kind": ("bert", "clip"),
@@ -258,6 +258,47 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss.kind": ("clip", "sigmoid"),
     "loss.impl": ("ring", "gathered"),
     "loss.dedup": ("off", "mask"),
+}
+
+# Least value, and the bound that a value stays below. NaN and infinity are in no range.
+_COUNT, _NUMBER, _SHARE = (1, math.inf), (0, math.inf), (0, 1)
+_RANGES: dict[str, tuple[float, float]] = {
+    "model.embed_dim": _COUNT,
+    "model.unroll": _COUNT,
+    "model.vision.image_size": _COUNT,
+    "model.vision.patch_size": _COUNT,
+    **{f"model.{t}.{n}": _COUNT for t in ("vision", "text") for n in ("width", "depth", "heads", "mlp_dim")},
+    "model.vision.ln_eps": _NUMBER,
+    "model.text.ln_eps": _NUMBER,
+    "model.text.vocab_size": _COUNT,
+    "model.text.context_length": _COUNT,
+    "model.text.max_positions": _COUNT,
+    "model.text.pad_id": _NUMBER,
+    "model.text.dropout": _SHARE,
+    "seed": (0, 2**32),
+    "batch_size": _COUNT,
+    "data.color_jitter": _NUMBER,
+    "data.views": _NUMBER,
+    "data.workers": _NUMBER,
+    "data.threads": _COUNT,
+    "data.prefetch": _NUMBER,
+    "loss.tile": _COUNT,
+    "optim.lr": _NUMBER,
+    "optim.b1": _SHARE,
+    "optim.b2": _SHARE,
+    "optim.eps": _NUMBER,
+    "optim.weight_decay": _NUMBER,
+    "optim.clip_norm": _NUMBER,
+    "optim.max_logit_scale": _NUMBER,
+    "optim.accum_steps": _COUNT,
+    "optim.ema_decay": _SHARE,
+    "mesh.min_size": _NUMBER,
+    "eval.batch_size": _COUNT,
+    "eval.bootstrap": _NUMBER,
+    "checkpoint.keep": (2, math.inf),  # the newest may be damaged
+    "log_every": _COUNT,
+    "max_bad_steps": _COUNT,
+    "watchdog_s": _NUMBER,
 }
 
 
@@ -273,19 +314,29 @@ def _require(ok: bool, cause: str, remedy: str = "") -> None:
         raise UsageError(f"config: {cause}", remedy)
 
 
+def _require_known_values(config: Any, *, model: bool) -> None:
+    """Holds the fields of a Model or a Train against `_CHOICES` and `_RANGES`."""
+    for path in (*_CHOICES, *_RANGES):
+        if path.startswith("model.") != model:
+            continue
+        value = get_path(config, path.removeprefix("model."))
+        if path in _CHOICES:
+            _require(value in _CHOICES[path], f"{path} is {value!r}", f"one of {', '.join(_CHOICES[path])}")
+        else:
+            low, high = _RANGES[path]
+            below = f", below {high:g}" if math.isfinite(high) else ""
+            _require(low <= value < high, f"{path} is {value}", f"at least {low}{below}")
+
+
 def validate_model(m: Model) -> Model:
     """Refuses an impossible architecture.
 
     Raises:
         UsageError: naming the field, its value and what would be accepted.
     """
-    for path, allowed in _CHOICES.items():
-        if path.startswith("model."):
-            value = get_path(m, path.removeprefix("model."))
-            _require(value in allowed, f"{path} is {value!r}", f"one of {', '.join(allowed)}")
+    _require_known_values(m, model=True)
     v, t = m.vision, m.text
     for name, tower in (("vision", v), ("text", t)):
-        _require(tower.width > 0 and tower.depth > 0 and tower.heads > 0, f"model.{name} has a size of zero")
         _require(
             tower.width % tower.heads == 0,
             f"model.{name}.width {tower.width} does not divide into {tower.heads} heads",
@@ -299,7 +350,6 @@ def validate_model(m: Model) -> Model:
         v.image_size % v.patch_size == 0,
         f"model.vision.image_size {v.image_size} is no multiple of patch_size {v.patch_size}",
     )
-    _require(v.pool != "eot", "model.vision.pool cannot be eot")
     _require(
         t.context_length <= t.max_positions,
         f"model.text.context_length {t.context_length} exceeds max_positions {t.max_positions}",
@@ -330,10 +380,7 @@ def validate(c: Train) -> Train:
         8
     """
     validate_model(c.model)
-    for path, allowed in _CHOICES.items():
-        if not path.startswith("model."):
-            value = get_path(c, path)
-            _require(value in allowed, f"{path} is {value!r}", f"one of {', '.join(allowed)}")
+    _require_known_values(c, model=False)
     for path in ("duration", "optim.warmup", "eval.every", "checkpoint.every"):
         d = get_path(c, path)
         n = sum(bool(x) for x in (d.steps, d.epochs, d.examples))
@@ -342,16 +389,12 @@ def validate(c: Train) -> Train:
         )
         _require(min(d.steps, d.epochs, d.examples) >= 0, f"{path} is negative")
     _require(c.duration.given(), "duration is empty", "set duration.steps, .epochs or .examples")
-    _require(c.batch_size > 0, f"batch_size is {c.batch_size}")
     o = c.optim
-    _require(o.accum_steps >= 1, f"optim.accum_steps is {o.accum_steps}", "1 = no accumulation")
     _require(
         c.batch_size % o.accum_steps == 0,
         f"batch_size {c.batch_size} does not divide into optim.accum_steps {o.accum_steps} micro-batches",
     )
-    _require(o.lr >= 0 and math.isfinite(o.lr), f"optim.lr is {o.lr}")
     _require(0 < o.layer_decay <= 1, f"optim.layer_decay is {o.layer_decay}", "above 0, at most 1")
-    _require(0 <= o.ema_decay < 1, f"optim.ema_decay is {o.ema_decay}", "at least 0, below 1")
     for pattern in (*o.freeze, *(p for p, _ in o.lr_multipliers)):
         try:
             re.compile(pattern)
@@ -360,21 +403,13 @@ def validate(c: Train) -> Train:
                 f"config: optim.freeze/lr_multipliers pattern {pattern!r} is no regex: {e}"
             ) from e
     _require(
-        c.checkpoint.keep >= 2,
-        f"checkpoint.keep is {c.checkpoint.keep}",
-        "at least 2: the newest may be damaged",
-    )
-    _require(
         (c.loss.kind == "sigmoid") == c.model.logit_bias,
         f"loss.kind {c.loss.kind} with model.logit_bias {c.model.logit_bias}",
         "the sigmoid loss learns a bias; the clip loss has none",
     )
-    _require(c.loss.tile > 0, f"loss.tile is {c.loss.tile}")
     low, high = c.data.crop_scale
     _require(0 < low <= high <= 1, f"data.crop_scale is {c.data.crop_scale}", "0 < low <= high <= 1")
     _require(0 < c.data.crop_ratio[0] <= c.data.crop_ratio[1], f"data.crop_ratio is {c.data.crop_ratio}")
-    _require(c.data.workers >= 0 and c.data.threads >= 1, "data.workers must be >= 0 and data.threads >= 1")
-    _require(c.data.views >= 0, f"data.views is {c.data.views}")
     _require(
         not c.data.features or c.model.text.dropout == 0 or not any(map(_freezes_text, o.freeze)),
         f"data.features with a frozen text tower and model.text.dropout {c.model.text.dropout}",
@@ -437,8 +472,6 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return tuple(
             _coerce(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True))
         )
-    if origin in (typing.Union, types.UnionType):
-        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):

@@ -650,6 +650,21 @@ def test_lock(tmp_path):
         pass
 
 
+def test_a_lock_that_is_taken_between_its_making_and_its_locking(tmp_path, monkeypatch):
+    path, real, made = tmp_path / ".lock", lock.fcntl.flock, []
+
+    def late(fd, how):
+        if not made:  # another process finds the new file unlocked and takes its owner for dead
+            path.unlink()
+        made.append(fd)
+        real(fd, how)
+
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    with lock.held(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()  # the file that stands is ours
+    assert len(made) == 2
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A function that makes a folder on a file system of so many KiB; skips where that is not allowed."""

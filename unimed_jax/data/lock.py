@@ -42,7 +42,7 @@ def held(path: Path, *, steal: bool = False) -> Iterator[None]:
 
 
 def _create(path: Path) -> int | None:
-    """Creates and locks the file; None if it exists."""
+    """Creates and locks the file; None if it exists, or was taken for a dead owner's before it was locked."""
     try:
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
     except FileExistsError:
@@ -52,7 +52,18 @@ def _create(path: Path) -> int | None:
             f"cannot write to {path.parent} ({e.strerror})", "give a folder that can be written"
         ) from e
     fcntl.flock(fd, fcntl.LOCK_EX)
+    if not _is_at(path, fd):
+        os.close(fd)
+        return None
     return fd
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Whether the open file is still the one under this name."""
+    try:
+        return os.stat(path).st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _clear(path: Path, host: str, steal: bool) -> None:
@@ -76,9 +87,8 @@ def _clear(path: Path, host: str, steal: bool) -> None:
                 f"{path} was left by {owner}", "once you are sure that it is dead, run again with --steal"
             )
         # Another process may have done the same just before: remove only the file that is locked here.
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(fd).st_ino:
-                path.unlink()
+        if _is_at(path, fd):
+            path.unlink(missing_ok=True)
     finally:
         os.close(fd)
 

@@ -159,6 +159,7 @@ def precompute(
             "transform": blocks.transform,
             "views": blocks.views,
             "sources": list(blocks.mixture.names),
+            "dtype": cfg.model.dtype,
         }
         file = folder / _name("image", cfg.model.vision, params["vision"], depends, digests)
         run = jax.jit(lambda p, x: clip.bind(graphdef, p).vision.features(x))
@@ -167,7 +168,8 @@ def precompute(
         captions = sorted({c.text for s in blocks.sources for i in range(len(s)) for c in s[i].captions})
         rows = {c: i for i, c in enumerate(captions)}
         listed = hashlib.sha256("\n".join(captions).encode()).hexdigest()
-        file = folder / _name("text", cfg.model.text, params["text"], {"captions": listed}, digests)
+        depends = {"captions": listed, "dtype": cfg.model.dtype}
+        file = folder / _name("text", cfg.model.text, params["text"], depends, digests)
         encode = jax.jit(lambda p, t: clip.bind(graphdef, p).text.features(t))
         text = _stored(file, lambda: _text_features(blocks, captions, lambda t: encode(params, t), tell))
     starts = [0, *np.cumsum(sizes).tolist()]

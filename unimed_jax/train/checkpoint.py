@@ -202,16 +202,27 @@ class Checkpointer:
         Raises:
             DataError: when the tree differs (four lists), or when no step is intact.
         """
-        damaged = []
         for step in reversed(self.steps()):
             try:
                 return self.restore_step(step, wanted)
             except Damaged as e:
-                damaged.append(step)
                 hygiene.say(f"{e.line()}; trying an older step")
                 self._quarantine(step)
-        what = f"all saved steps ({', '.join(map(str, damaged))}) are damaged" if damaged else "no saved step"
-        raise DataError(f"{self.folder}: {what}", "start in a new --workdir")
+        self.refuse_damaged_only()
+        raise DataError(f"{self.folder}: no saved step", "start in a new --workdir")
+
+    def refuse_damaged_only(self) -> None:
+        """Keeps a run whose states are all damaged from starting anew over what is left of it.
+
+        Raises:
+            DataError: when there are damaged steps and no other.
+        """
+        damaged = sorted(p.name for p in (self.folder / DAMAGED).glob("*"))
+        if damaged and not self.steps():
+            raise DataError(
+                f"{self.folder}: all saved steps ({', '.join(damaged)}) are damaged",
+                "start in a new --workdir",
+            )
 
     def restore_step(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Restores exactly this step.

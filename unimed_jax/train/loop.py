@@ -112,6 +112,7 @@ class _Run:
         self.newest: dict[str, Any] = {}
         self.pending: collections.deque[tuple[int, Any]] = collections.deque()
         self.bad_steps: list[int] = []
+        self.tracing = False
         self.outputs: list[writers.Writer] = []
         self.console: writers.Plain | writers.Bar | None = None
 
@@ -134,6 +135,7 @@ class _Run:
     def _start(self) -> tuple[dict[str, Any], int]:
         step = self.saved.latest()
         if step is None:
+            self.saved.refuse_damaged_only()
             self._write_settings()
             return assemble.first_state(self.parts), 0
         # The settings are compared before anything is restored: a difference must read as such, not as its effect.
@@ -182,14 +184,17 @@ class _Run:
     # -- the loop -----------------------------------------------------------------------------------------------
 
     def _train(self, state: dict[str, Any], start: int) -> dict[str, Any]:
-        train_step = assemble.compiled_step(self.parts)
         put = lambda batch: parallel.put(batch, self.parts.mesh)
         with (
             hygiene.Watchdog(self.cfg.watchdog_s) as self.watchdog,
-            hygiene.StopSignals(multi=self.multi) as stop,
+            hygiene.StopSignals(multi=self.multi) as stop,  # first: compiling may take minutes
             contextlib.closing(self.parts.data.batches(start)) as host_batches,
             contextlib.closing(device_prefetch(host_batches, put, self.cfg.data.prefetch)) as batches,
+            contextlib.ExitStack() as at_end,
         ):
+            at_end.callback(self._trace, None)
+            with self.watchdog.paused():
+                train_step = assemble.compiled_step(self.parts)
             self.meter.restart()
             for step in range(start, self.total):
                 if step > start:
@@ -199,8 +204,8 @@ class _Run:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - asked
-                with self._profiler(step):
-                    state, metrics = train_step(state, batch)
+                self._trace(step)
+                state, metrics = train_step(state, batch)
                 self.meter.step(waited)
                 self._collect(state, step + 1, metrics)
                 self._poll(state, step + 1)
@@ -235,15 +240,19 @@ class _Run:
             f"stopped after step {step} of {self.total}; the state is saved", "run the same command again"
         )
 
-    @contextlib.contextmanager
-    def _profiler(self, step: int) -> Iterator[None]:
-        first, last = self.profile or (-1, -1)
-        if step == first:
+    def _trace(self, step: int | None) -> None:
+        """Before `step`: starts or ends the trace of `--profile`; None ends it, however the run came to its end.
+
+        A run that continues within the window traces the part that is left.
+        """
+        first, last = self.profile or (0, 0)
+        inside = step is not None and first <= step < last
+        if inside and not self.tracing:
             jax.profiler.start_trace(str(self.workdir / "profile"))
-        yield
-        if step == last - 1 and first >= 0:
+        elif self.tracing and not inside:
             self._drain_device()
             jax.profiler.stop_trace()
+        self.tracing = inside
 
     def _drain_device(self) -> None:
         for _, metrics in self.pending:

@@ -1,0 +1,105 @@
+"""How a run ends before its time, in its less usual moments; test_loop.py and test_resume.py have the usual ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from training import build_data, command, environment, losses
+
+from unimed_jax import config
+from unimed_jax.cli.train import load_config
+from unimed_jax.errors import DataError, Preempted
+from unimed_jax.train import assemble, checkpoint, hygiene, loop
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return build_data(tmp_path_factory.mktemp("data") / "root", n=60)
+
+
+@pytest.fixture
+def cfg(data, monkeypatch) -> config.Train:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    fields = {"data.root": str(data), "duration.steps": "4", "writers": "('jsonl',)"}
+    return load_config("phantom_tiny", fields)
+
+
+def test_a_signal_while_the_step_compiles(cfg, tmp_path, monkeypatch):
+    """Compiling a large model takes minutes: a pre-emption meanwhile is one, too (75, not 143)."""
+    unhandled = []
+    old = signal.signal(signal.SIGTERM, lambda *_: unhandled.append(1))
+    monkeypatch.setattr(assemble, "compiled_step", lambda parts: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(Preempted, match="stopped after step 0 of 4") as e:
+            loop.run(cfg, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert e.value.exit_code == 75
+    assert not unhandled
+    assert checkpoint.load_params(tmp_path / "run")[1]["step"] == 0
+
+
+@pytest.mark.slow
+def test_a_profile_across_a_stop(cfg, tmp_path, monkeypatch):
+    """The same command again must continue also when it has a window of steps to trace."""
+    workdir = tmp_path / "run"
+    monkeypatch.setattr(hygiene.StopSignals, "requested", lambda self, now: now == 2)
+    with pytest.raises(Preempted):
+        loop.run(cfg, workdir, profile=(1, 3))
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    time.sleep(1)  # traces are named by the second
+    assert loop.run(cfg, workdir, profile=(1, 9)).status == "finished"
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 2
+
+
+def test_a_run_whose_states_are_all_damaged_never_starts_anew(cfg, tmp_path):
+    """Not at the second try either, when the damaged states lie aside."""
+    workdir = tmp_path / "run"
+    step = workdir / "checkpoints" / "2" / "meta"
+    step.mkdir(parents=True)
+    (step / "metadata").write_text("{")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"all saved steps \(2\) are damaged") as e:
+            loop.run(cfg, workdir)
+        assert e.value.exit_code == 3
+    assert not (workdir / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_stuck_reader_is_a_stall(data, tmp_path):
+    """A reader that hangs without dying: exit 71, the stacks of all threads, and why."""
+    flags = ("--config.data.workers=1", "--config.duration.steps=1000000", "--config.watchdog_s=15")
+    p = subprocess.Popen(
+        command(data, tmp_path / "run", *flags),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    stuck: list[int] = []
+    try:
+        end = time.monotonic() + 200
+        while len(losses(tmp_path / "run")) < 3 and p.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        for task in Path(f"/proc/{p.pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    stuck.append(int(child))
+                    os.kill(int(child), signal.SIGSTOP)
+        assert len(stuck) == 1
+        p.wait(timeout=90)
+    finally:
+        for pid in (p.pid, *stuck):
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+    err = p.communicate(timeout=10)[1]
+    assert p.returncode == 71, err
+    assert "\nunimed-jax: no step for 15 s" in err  # Python's tracker of shared memory has the last word
+    assert "most recent call first" in err

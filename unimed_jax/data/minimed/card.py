@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import typing
+from typing import TYPE_CHECKING
 
 from unimed_jax.config import MODALITIES
 from unimed_jax.data.minimed.packages import IMAGES
 from unimed_jax.errors import DataError
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     from unimed_jax.data.minimed.source import Minimed
 
 SUMMARY = """\

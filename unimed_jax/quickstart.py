@@ -171,7 +171,8 @@ def real_input(out: Path, assets: Path, say: Tell) -> config.Init:
     _refuse_other_data(out, "phantom")
     say("exporting minimed to array_record")
     export.export(
-        Minimed(per_series=PER_SERIES),
+        # Everything was chosen by leaving training and val subjects out in turn, so val has done its work.
+        Minimed(split="final", per_series=PER_SERIES),
         out / "records",
         workers=2,
         tokenizer=load_tokenizer(assets / "minilm"),

@@ -413,6 +413,35 @@ def test_init_refuses_another_activation_and_another_tower(tmp_path):
         native.init_from(train_config(m, text=tmp_path / "v.st"), params)
 
 
+@pytest.mark.parametrize(
+    ("tower", "field", "value"), [("vision", "act", "gelu"), ("text", "pool", "mean"), ("text", "pad_id", 3)]
+)
+def test_init_refuses_a_whole_model_of_another_meaning(tmp_path, tower, field, value):
+    """Weights of the same shapes would be taken silently."""
+    from safetensors.numpy import save_file
+
+    m = CASES["hf_bert"]
+    params = random_params(m)
+    save_file(clip.flatten(params), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model": config.to_dict(m), "tokenizer": {"digest": "a" * 64}})
+    )
+    native.init_from(train_config(m, model=tmp_path), params)
+    other = dataclasses.replace(m, **{tower: dataclasses.replace(getattr(m, tower), **{field: value})})
+    with pytest.raises(DataError, match=rf"was made for {tower}\.{field} "):
+        native.init_from(train_config(other, model=tmp_path), params)
+
+
+def test_a_run_does_not_start_from_a_model_with_another_tokenizer(tmp_path):
+    cfg = train_config(CASES["hf_bert"], model=tmp_path)
+    native.refuse_other_tokenizer(cfg, "b" * 64)  # weights alone name none
+    (tmp_path / "config.json").write_text(json.dumps({"tokenizer": {"digest": "a" * 64}}))
+    native.refuse_other_tokenizer(cfg, "a" * 64)
+    with pytest.raises(DataError, match="trained with another tokenizer"):
+        native.refuse_other_tokenizer(cfg, "b" * 64)
+    native.refuse_other_tokenizer(train_config(CASES["hf_bert"]), "b" * 64)
+
+
 def test_image_size_must_fit_the_patches():
     m = CASES["hf_dinov2"]
     with pytest.raises(UsageError, match="patch_size"):

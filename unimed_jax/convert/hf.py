@@ -44,7 +44,12 @@ def read_with_metadata(path: str | Path) -> tuple[dict[str, np.ndarray], dict[st
     return {k: v.astype(np.float32) if v.dtype.name in halves else v for k, v in state.items()}, meta
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        DataError: when it is missing, no JSON or no object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -60,7 +65,7 @@ def bert_config(path: str | Path) -> config.Text:
     Raises:
         DataError: when it is no BERT config or names an activation or position scheme that we do not have.
     """
-    c = _read_json(Path(path))
+    c = read_json(Path(path))
     if c.get("model_type") != "bert" or c.get("position_embedding_type", "absolute") != "absolute":
         raise DataError(f"{path} describes no plain BERT (model_type {c.get('model_type')!r})")
     if c.get("hidden_act", "gelu") not in _ACT:

@@ -5,7 +5,6 @@ A tower file holds one or both towers ("vision/pos", ...); `config.Init.vision` 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 
 from unimed_jax import config
-from unimed_jax.convert.hf import read_with_metadata
+from unimed_jax.convert.hf import read_json, read_with_metadata
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
 
@@ -90,7 +89,9 @@ def init_from(
         if not file:
             continue
         loaded = (
-            _read_model(Path(file)) if parts[-1] == "logit_bias" else _read_part(file, parts[0], cfg.model)
+            _read_model(file, cfg.model)
+            if parts[-1] == "logit_bias"
+            else _read_part(file, parts[0], cfg.model)
         )
         _check(loaded, leaves, parts, file)
         for name, value in loaded.items():
@@ -107,18 +108,56 @@ def _read_part(file: str, tower: str, m: config.Model) -> dict[str, np.ndarray]:
     params, meta = load_tower(file)
     if tower not in params:
         raise DataError(f"{file} holds no {tower} tower, only {', '.join(sorted(params))}")
-    theirs, ours = meta.get(tower, {}), dataclasses.asdict(getattr(m, tower))
-    for field in _SEMANTIC[tower]:
+    _refuse_other_meaning(file, tower, meta.get(tower, {}), m, _SEMANTIC[tower])
+    return clip.flatten({tower: params[tower]})
+
+
+def _refuse_other_meaning(
+    file: str, tower: str, theirs: dict[str, Any], m: config.Model, fields: tuple[str, ...]
+) -> None:
+    ours = config.to_dict(getattr(m, tower))
+    for field in fields:
         if field in theirs and theirs[field] != ours[field]:
             raise DataError(
                 f"{file} was made for {tower}.{field} {theirs[field]!r}, the model has {ours[field]!r}",
                 f"set model.{tower}.{field} to {theirs[field]!r}",
             )
-    return clip.flatten({tower: params[tower]})
 
 
-def _read_model(folder: Path) -> dict[str, np.ndarray]:
-    return read_with_metadata(folder / "model.safetensors" if folder.is_dir() else folder)[0]
+def _read_model(file: str, m: config.Model) -> dict[str, np.ndarray]:
+    theirs = folder_settings(file).get("model", {})
+    for tower, fields in _SEMANTIC.items():
+        _refuse_other_meaning(file, tower, theirs.get(tower, {}), m, (*fields, "pool"))
+    path = Path(file)
+    return read_with_metadata(path / "model.safetensors" if path.is_dir() else path)[0]
+
+
+def folder_settings(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a model folder; empty for a file of weights alone.
+
+    Raises:
+        DataError: when it cannot be read.
+    """
+    path = Path(folder) / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def refuse_other_tokenizer(cfg: config.Train, digest: str) -> None:
+    """Refuses to start from a model whose words have other numbers than those of the run's tokenizer.
+
+    Args:
+        cfg: the experiment; `init.model` is looked at.
+        digest: of the run's tokenizer.
+
+    Raises:
+        DataError: when the model folder names another tokenizer.
+    """
+    theirs = folder_settings(cfg.init.model).get("tokenizer", {}).get("digest", "") if cfg.init.model else ""
+    if theirs not in ("", digest):
+        raise DataError(
+            f"{cfg.init.model} was trained with another tokenizer (sha256 {theirs[:12]}, now {digest[:12]})",
+            f"--config.data.tokenizer={cfg.init.model}, and records exported with it",
+        )
 
 
 def _check(loaded: dict[str, np.ndarray], leaves: dict[str, Any], parts: tuple[str, ...], file: str) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from unimed_jax import config, parallel
+from unimed_jax.convert import native
 from unimed_jax.data import pipeline, shards
 from unimed_jax.data.text import Tokenizer, load_tokenizer
 from unimed_jax.errors import DataError, UsageError
@@ -88,6 +89,7 @@ def assemble(cfg: config.Train) -> Parts:
     )
     sources = [s for s in data.blocks.sources if isinstance(s, shards.Shards)]
     run_folder.refuse_other_tokenizer(cfg, tokenizer, sources)
+    native.refuse_other_tokenizer(cfg, tokenizer.digest)
     total = cfg.duration.steps_for(batch_size=cfg.batch_size, epoch_examples=data.epoch_examples)
     built = assemble_model(cfg, mesh, total, data.epoch_examples)
     parts = Parts(
@@ -142,9 +144,7 @@ def first_params(parts: Built, report: Callable[[str], None] | None = None) -> c
     place = jax.tree.map(lambda x: x.sharding, parts.state["params"])
     params = jax.jit(lambda key: clip.init(cfg.model, key), out_shardings=place)(jax.random.key(cfg.seed))
     if cfg.init.model or cfg.init.vision or cfg.init.text:
-        from unimed_jax.convert.native import init_from
-
-        params = init_from(cfg, params, report=report)
+        params = native.init_from(cfg, params, report=report)
     return params
 
 

@@ -1,4 +1,7 @@
-"""Both towers from random weights on `minimed`: what two minutes of training on a CPU reach without pretraining."""
+"""Both towers from random weights on `minimed`: what minutes of training on a CPU reach without pretraining.
+
+`:all` trains on every source under data.root: a small model on your own records.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ from unimed_jax.errors import UsageError
 
 
 def get_config(arg: str = "") -> Train:
-    if arg:
-        raise UsageError(f"quickstart_scratch has no variant {arg!r}")
+    if arg not in ("", "all"):
+        raise UsageError(f"quickstart_scratch has no variant {arg!r}", "use :all or none")
     return Train(
         name="quickstart_scratch",
         batch_size=96,
@@ -44,7 +47,7 @@ def get_config(arg: str = "") -> Train:
             ),
         ),
         data=Data(
-            sources=(Source(name="minimed", captions="uniform"),),
+            sources=() if arg else (Source(name="minimed", captions="uniform"),),
             crop_scale=(0.5, 1.0),
             color_jitter=0.3,
             threads=2,

@@ -70,6 +70,12 @@ def test_reference_recipe(path):
         get_config(path, "nonsense")
 
 
+def test_the_small_experiment_takes_other_records():
+    path = ROOT / "configs" / "quickstart_scratch.py"
+    assert [s.name for s in get_config(path).data.sources] == ["minimed"]
+    assert get_config(path, "all").data.sources == ()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_model_has_an_abstract_form(path):
     from unimed_jax.models import clip

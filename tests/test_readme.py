@@ -122,7 +122,11 @@ def test_every_python_block_runs(page, home):
 
 def test_make_targets_of_the_readme_exist():
     wanted = set(
-        re.findall(r"make (\w+)", (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text())
+        re.findall(
+            r"(?:^|`)make (\w+)",
+            (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text(),
+            re.M,
+        )
     )
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert {"demo", "test", "env"} <= wanted <= targets

@@ -180,7 +180,7 @@ def captions(facts: Facts, key: str) -> tuple[str, ...]:
 
     Example:
         >>> captions(Facts(modality="Fundus", subject="a", package="p", finding="glaucoma"), "k")[0]
-        'retinal fundus image'
+        'a colour photograph of the ocular fundus'
     """
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
     known = words(facts)

@@ -6,6 +6,7 @@ Real processes of the command line, on one CPU device; every segment may have an
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -52,6 +53,7 @@ def start(data: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -92,7 +94,7 @@ def test_signal_saves_exits_75_and_continues(data, reference, tmp_path, sent, wo
     p = start(data, workdir, f"--config.data.workers={workers}", "--config.checkpoint.every.steps=1000")
     try:
         wait_for_line(p, workdir, 6)
-        p.send_signal(sent)
+        os.killpg(p.pid, sent)  # as a cluster and a terminal do: the readers get it, too
         err = p.communicate(timeout=120)[1]
     finally:
         p.kill()

@@ -115,6 +115,13 @@ def test_restart_is_exact_and_nothing_compiles_twice(run, six):
     assert run.step._cache_size() == 1
 
 
+def test_the_state_is_given_away(run):
+    """Donated: a step needs no second copy of parameters and moments."""
+    state = run.state()
+    run.go(state, 1)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
 def test_dropout_follows_seed_and_step_only(run):
     """The same step twice gives the same loss; another step gives another dropout on the same data."""
     data = parallel.put(batch(run.cfg.model), run.mesh)

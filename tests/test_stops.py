@@ -14,7 +14,7 @@ from training import build_data, command, environment, losses
 from unimed_jax import config
 from unimed_jax.cli.train import load_config
 from unimed_jax.errors import DataError, Preempted
-from unimed_jax.train import assemble, checkpoint, hygiene, loop
+from unimed_jax.train import assemble, checkpoint, hygiene, loop, writers
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,16 @@ def test_a_run_whose_states_are_all_damaged_never_starts_anew(cfg, tmp_path):
             loop.run(cfg, workdir)
         assert e.value.exit_code == 3
     assert not (workdir / "config.json").exists()
+
+
+def test_a_reader_of_the_log_that_goes_away_does_not_end_the_run():
+    """`unimed-jax train ... | head` would otherwise exit 0 in the middle."""
+    read, write = os.pipe()
+    os.close(read)
+    stream = os.fdopen(write, "w")
+    writers.Plain(2, stream).write(1, {"loss": 1.0})
+    with pytest.raises(BrokenPipeError):  # the pipe really is broken
+        stream.close()
 
 
 @pytest.mark.slow

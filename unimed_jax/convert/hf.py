@@ -28,7 +28,11 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def read_with_metadata(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors and the header's string metadata; see `read_safetensors`."""
+    """Tensors and the header's string metadata.
+
+    Raises:
+        DataError: as `read_safetensors`.
+    """
     import ml_dtypes  # noqa: F401  registers bfloat16 with numpy; comes with jax
     from safetensors import SafetensorError, safe_open
 

@@ -55,7 +55,11 @@ class Jsonl:
             raise DataError(f"cannot write {path}: {e.strerror}", "choose another --workdir") from e
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
-        """Adds a line; numbers that are not finite become strings, since JSON has none."""
+        """Adds a line; numbers that are not finite become strings, since JSON has none.
+
+        Raises:
+            DataError: when the disk is full or gone.
+        """
         line = {"step": step} | {k: _json_value(v) for k, v in metrics.items()}
         try:
             self._file.write(json.dumps(line) + "\n")
@@ -123,8 +127,9 @@ class Plain:
         self.stream = stream or sys.stdout
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
-        """Prints the line."""
-        print(f"step {step}/{self.total}  {describe(metrics)}", file=self.stream, flush=True)
+        """Prints the line; a reader that went away (`| head`, a lost terminal) does not end the run."""
+        with contextlib.suppress(OSError):
+            print(f"step {step}/{self.total}  {describe(metrics)}", file=self.stream, flush=True)
 
     def advance(self, step: int) -> None:
         """Nothing moves between lines."""

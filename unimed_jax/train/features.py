@@ -24,7 +24,7 @@ from unimed_jax import config
 from unimed_jax.data.blocks import caption_id, read_record
 from unimed_jax.data.mixture import Draw
 from unimed_jax.data.pipeline import Batch, Pipeline
-from unimed_jax.errors import UsageError
+from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
 from unimed_jax.train import optim
 from unimed_jax.train.fingerprint import fingerprint
@@ -144,7 +144,7 @@ def precompute(
 
     Raises:
         UsageError: see `towers_of`.
-        DataError: for a record that cannot be read.
+        DataError: for a record that cannot be read, or a full disk.
     """
     graphdef, abstract = clip.skeleton(cfg.model)
     towers = towers_of(cfg, abstract)
@@ -196,11 +196,16 @@ def _stored(file: Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
     if not file.exists():
         value = compute()
         beside = file.with_name(f"{file.stem}.{os.getpid()}.tmp.npy")
-        with beside.open("wb") as f:
-            np.save(f, value)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, file)
+        try:
+            with beside.open("wb") as f:
+                np.save(f, value)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(beside, file)
+        except OSError as e:
+            raise DataError(f"cannot write {file}: {e.strerror}", "free some space") from e
+        finally:
+            beside.unlink(missing_ok=True)
     return np.load(file, allow_pickle=False)
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 from unimed_jax.cli.args import Parser
@@ -105,6 +104,8 @@ def extras() -> dict[str, str]:
 
 def caches() -> dict[str, str]:
     """Where things are kept between runs."""
-    home = Path(os.environ.get("UNIMED_JAX_CACHE") or Path.home() / ".cache" / "unimed_jax")
+    from unimed_jax.data.minimed.fetch import cache_dir
+
+    home = cache_dir()
     size = sum(f.stat().st_size for f in home.rglob("*") if f.is_file()) if home.is_dir() else 0
     return {str(home): f"{size / 2**20:.0f} MiB"}

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from unimed_jax import errors
+from unimed_jax.cli import main
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,25 @@ def test_the_command_prints_one_line_and_no_traceback():
         [sys.executable, "-m", "unimed_jax", "tran", "--debug"], capture_output=True, text=True, timeout=60
     )
     assert "Traceback" in shown.stderr
+    assert shown.returncode == 2
+    assert shown.stderr.splitlines()[-1] == out.stderr.rstrip()
+
+
+def test_a_broken_pipe_is_success_only_when_it_is_our_own_output(monkeypatch, capsys):
+    def broken(argv):
+        raise BrokenPipeError(32, "Broken pipe")  # a worker process that is gone
+
+    monkeypatch.setattr(main, "dispatch", broken)
+    with pytest.raises(SystemExit) as e:
+        main.main(["train"])
+    assert e.value.code == 70
+    assert "Broken pipe" in capsys.readouterr().err
+    listing = subprocess.run(
+        f"{sys.executable} -m unimed_jax --help | true; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (listing.returncode, listing.stderr) == (0, "")

@@ -65,27 +65,46 @@ def main(argv: list[str] | None = None) -> None:
         code = dispatch(argv)
         sys.stdout.flush()
     except UnimedError as e:
-        if debug:
-            raise
+        _show(debug)
         print(f"unimed-jax: {e.line()}", file=sys.stderr)
         code = e.exit_code
     except OSError as e:
-        if isinstance(e, BrokenPipeError):  # the reader of our output went away, e.g. `| head`
+        if isinstance(e, BrokenPipeError) and _nobody_reads():  # e.g. `| head`
             sys.stderr.close()
             sys.exit(0)
-        if debug:
-            raise
+        _show(debug)
         where = f": {e.filename}" if e.filename else ""
         print(f"unimed-jax: {e.strerror or e}{where}", file=sys.stderr)
-        code = 3
+        code = 70 if isinstance(e, BrokenPipeError) else 3
     except KeyboardInterrupt:
         print("unimed-jax: interrupted", file=sys.stderr)
         code = 130
     except Exception as e:
-        if debug:
-            raise
+        _show(debug)
         # A defect of ours, not of the input: say so, and how to get what a report of it needs.
         print(f"unimed-jax: fault: {type(e).__name__}: {' '.join(str(e).split())[:500]}", file=sys.stderr)
         print("unimed-jax: this is a defect; --debug shows the traceback for a report", file=sys.stderr)
         code = 70
     sys.exit(code)
+
+
+def _show(debug: bool) -> None:
+    """The traceback for `--debug`; the exit code stays that of the refusal."""
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+
+
+def _nobody_reads() -> bool:
+    """Whether the broken pipe is our own output; one to a worker process is a fault."""
+    import select
+
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    watch = select.poll()
+    try:
+        watch.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # stdout is no file
+        return False
+    return any(event & select.POLLERR for _, event in watch.poll(0))

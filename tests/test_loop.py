@@ -280,7 +280,7 @@ def test_full_disk_ends_in_one_line(data, tmp_path):
     disk.mkdir()
     # Enough for two states of about 2 MB, not for three: old ones go only when the new one is safe.
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(disk)], capture_output=True
     ).returncode:
         pytest.skip("no right to mount here")
     try:

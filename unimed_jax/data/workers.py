@@ -28,6 +28,7 @@ from unimed_jax.errors import Fault, UsageError
 ENDLESS = 1 << 60
 
 ORPHAN_EXIT = 77
+_CLOSE_S = 3.0  # for the clean-up after a dead worker
 _WORKER_NAME = "grain-process-prefetch"
 # mallopt's (parameter, value): keep the memory of decoded images instead of returning it to the kernel and faulting
 # it in again for every image; how much this gains depends on the kernel (nothing up to a third was seen).
@@ -108,7 +109,12 @@ def _read_from_workers(stream: Any, workers: int) -> Iterator[Any]:
         if any(p.exitcode for p in mine):
             for p in mine:  # the others would be waited for, one after the other
                 p.kill()
-        reader.close()
+            # A worker that was killed while it wrote leaves half a message; Grain's clean-up waits for the rest.
+            closing = threading.Thread(target=reader.close, daemon=True)
+            closing.start()
+            closing.join(_CLOSE_S)
+        else:
+            reader.close()
 
 
 def _children() -> list[Any]:

@@ -443,7 +443,9 @@ def _verify(tree: Any, saved: dict[str, str], where: str) -> None:
 def _parse(description: str) -> jax.ShapeDtypeStruct:
     dtype, _, rest = description.partition("[")
     shape = rest.split("]")[0]
-    return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), np.dtype(dtype))
+    # A sharding of its own: that of the file may need devices that are not here.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), np.dtype(dtype), sharding=here)
 
 
 # -- files ----------------------------------------------------------------------------------------------------------

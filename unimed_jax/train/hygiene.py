@@ -130,14 +130,8 @@ def end(error: BaseException) -> NoReturn:
 def die_alone(multi: bool) -> None:
     """In a multi-process run, makes any uncaught exception end this process at once instead of in a barrier."""
     if multi:
-        sys.excepthook = lambda kind, error, trace: None if _late_callback(error) else end(error)
+        sys.excepthook = lambda kind, error, trace: end(error)
         threading.excepthook = lambda a: end(a.exc_value or a.exc_type())
-
-
-def _late_callback(error: BaseException) -> bool:
-    """A read of a damaged checkpoint that ends after another one failed: TensorStore's threads report it this way."""
-    elsewhere = threading.current_thread() is not threading.main_thread()
-    return elsewhere and isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _process_index() -> int:
@@ -289,8 +283,17 @@ def quiet_libraries() -> None:
 
     import absl.logging
 
-    hook = sys.excepthook
-    sys.excepthook = lambda kind, error, trace: None if _late_callback(error) else hook(kind, error, trace)
     absl.logging.set_verbosity(absl.logging.FATAL)
     for name in ("orbax", "jax", "tensorstore"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+    hook = sys.unraisablehook
+
+    def unraisable(args: Any) -> None:
+        # After one write or read of a checkpoint failed, TensorStore's threads report the others to a loop that is
+        # gone; the failure itself has its own line.
+        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+            hook(args)
+
+    sys.unraisablehook = unraisable

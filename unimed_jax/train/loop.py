@@ -261,7 +261,18 @@ class _Run:
     # -- saving -------------------------------------------------------------------------------------------------
 
     def _save(self, state: dict[str, Any], step: int) -> None:
+        try:
+            self.saved.save(step, state, self._meta())
+        except DataError as e:
+            self._save_again(state, step, e)
+
+    def _save_again(self, state: dict[str, Any], step: int, failure: DataError) -> None:
+        """One more try, since space may have been freed; waits for it."""
+        if self.multi:  # the other processes do not know of the failure
+            raise failure
+        self._tell(f"{failure.cause}; trying once more")
         self.saved.save(step, state, self._meta())
+        self.saved.wait()
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -272,17 +283,13 @@ class _Run:
         }
 
     def _poll(self, state: dict[str, Any], step: int) -> None:
-        """Notices a failed save now, not at the next one; one more try, since space may have been freed."""
+        """Notices a failed save now, not at the next one."""
         try:
             self.saved.poll()
         except DataError as e:
-            if self.multi:
-                raise
-            self._tell(f"{e.cause}; trying once more")
             with self.watchdog.paused():
                 self._drain(state)
-                self._save(state, step)
-                self.saved.wait()
+                self._save_again(state, step, e)
 
     # -- metrics ------------------------------------------------------------------------------------------------
 

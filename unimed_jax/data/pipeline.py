@@ -197,7 +197,8 @@ def _folder(root: Path, spec: config.Source, found: dict[str, Path]) -> Path:
         return next(iter(under.values()))
     raise UsageError(
         f"config: no source {spec.name!r} under {root / spec.path}.{did_you_mean(spec.name, found)}",
-        f"there are: {', '.join(sorted(found)) or 'none'}",
+        f"there are: {', '.join(sorted(found)) or 'none'}; to train on all of them, leave data.sources empty "
+        "(shipped configs: --config=NAME:all)",
     )
 
 

@@ -192,7 +192,7 @@ def test_crop_box_follows_torchvisions_draws():
     [(100, 400, (0, 134, 100, 133)), (400, 100, (134, 0, 133, 100)), (100, 150, (0, 8, 100, 133))],
 )
 def test_crop_box_falls_back_to_the_clipped_centre(height, width, box):
-    # REFERENCE: from an aspect of 1.5 on, every draw at scale 0.9-1 fails ten times.
+    # From an aspect of 1.5 on, every draw at scale 0.9-1 fails ten times.
     rng = np.random.default_rng(1)
     for _ in range(20):
         got = images.crop_box(height, width, rng, scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3))

@@ -174,7 +174,7 @@ def test_cased_vocabulary(bert_vocab, tmp_path):
 
 
 def reference_clean(value):
-    """OpenCLIP's basic_clean and whitespace_clean, as REFERENCE 1.8 describes them."""
+    """OpenCLIP's basic_clean and whitespace_clean, written out independently."""
     import html
 
     value = html.unescape(html.unescape(ftfy.fix_text(value))).strip()

@@ -62,7 +62,7 @@ class Duration:
 
 @dataclass(kw_only=True, slots=True)
 class Vision:
-    """A vision transformer. Defaults are CLIP's ViT-B/16 (REFERENCE: OpenAI CLIP, MetaCLIP, UniMed-CLIP)."""
+    """A vision transformer. Defaults are the ViT-B/16 of OpenAI CLIP, MetaCLIP and UniMed-CLIP."""
 
     image_size: int = 224  # pixels
     patch_size: int = 16  # pixels

@@ -22,7 +22,6 @@ EXTRAS = {
     "report": ("jinja2", "matplotlib"),
     "torch": ("torch",),
     "train": ("tensorboardX",),
-    "wandb": ("wandb",),
 }
 
 

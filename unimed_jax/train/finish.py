@@ -63,16 +63,17 @@ def evaluate(parts: Parts, params: Any, workdir: Path, step: int) -> dict[str, f
 
 
 def check_evaluation(cfg: config.Train) -> None:
-    """Refuses an unknown task or a missing split before the first step, not after the last.
+    """Refuses an unknown task, a missing split or labels without a class before the first step, not after the last.
 
     Raises:
         UsageError: for an unknown task.
-        DataError: for records that are not there.
+        DataError: for records that are not there, or that a task cannot be scored on.
     """
-    for task in cfg.eval.tasks:
-        tasks.load(task)
-    if cfg.eval.tasks:
-        _eval_sources(cfg)
+    wanted = [tasks.load(task) for task in cfg.eval.tasks]
+    if wanted:
+        facts = zeroshot.Pool(_eval_sources(cfg)).facts()
+        for task in wanted:
+            tasks.select(task, facts)
 
 
 def _eval_sources(cfg: config.Train) -> list[shards.Shards]:

@@ -20,6 +20,7 @@ from unimed_jax.errors import DataError, UsageError
 # last bits. A field stands for all below it. data.root and data.tokenizer are held by digests instead.
 MAY_CHANGE = (
     "checkpoint",
+    "data.features",
     "data.prefetch",
     "data.root",
     "data.threads",

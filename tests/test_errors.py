@@ -65,3 +65,29 @@ def test_a_broken_pipe_is_success_only_when_it_is_our_own_output(monkeypatch, ca
         timeout=60,
     )
     assert (listing.returncode, listing.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
+            ["out of memory", "accum_steps"],
+        ),
+        (ValueError("two\nlines"), ["fault: ValueError: two lines", "this is a defect"]),
+        (OSError(28, "No space left on device", "out.csv"), ["No space left on device: out.csv"]),
+    ],
+)
+def test_what_nobody_foresaw_is_still_short(monkeypatch, capsys, error, words):
+    from unimed_jax.cli import main
+
+    def broken(argv):
+        raise error
+
+    monkeypatch.setattr(main, "dispatch", broken)
+    with pytest.raises(SystemExit) as e:
+        main.main(["train"])
+    shown = capsys.readouterr().err
+    assert e.value.code == (3 if isinstance(error, OSError) else 70)
+    assert all(w in shown for w in words)
+    assert "Traceback" not in shown

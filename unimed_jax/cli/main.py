@@ -20,6 +20,11 @@ VERBS = {
     "doctor": ("versions, devices, extras, caches", "unimed_jax.cli.doctor"),
 }
 
+_LESS_MEMORY = (
+    "when training: a smaller batch_size, more optim.accum_steps, model.remat=dots or full, a larger mesh.fsdp; "
+    "--dry_run estimates the memory"
+)
+
 
 def usage() -> str:
     """The text of `unimed-jax --help`."""
@@ -81,10 +86,17 @@ def main(argv: list[str] | None = None) -> None:
         code = 130
     except Exception as e:
         _show(debug)
-        # A defect of ours, not of the input: say so, and how to get what a report of it needs.
-        print(f"unimed-jax: fault: {type(e).__name__}: {' '.join(str(e).split())[:500]}", file=sys.stderr)
-        print("unimed-jax: this is a defect; --debug shows the traceback for a report", file=sys.stderr)
         code = 70
+        words = " ".join(str(e).split())[:500]
+        if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in words:
+            print(
+                f"unimed-jax: out of memory: {words or type(e).__name__}. Fix: {_LESS_MEMORY}",
+                file=sys.stderr,
+            )
+        else:
+            # A defect of ours, not of the input: say so, and how to get what a report of it needs.
+            print(f"unimed-jax: fault: {type(e).__name__}: {words}", file=sys.stderr)
+            print("unimed-jax: this is a defect; --debug shows the traceback for a report", file=sys.stderr)
     sys.exit(code)
 
 

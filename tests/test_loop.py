@@ -27,9 +27,12 @@ def data(tmp_path_factory) -> Path:
     return build_data(tmp_path_factory.mktemp("data") / "root")
 
 
-@pytest.fixture(autouse=True)
-def _no_cache(monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+@pytest.fixture(scope="module", autouse=True)
+def _one_cache(tmp_path_factory):
+    """Runs compile the same programs over and over: a cache of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))
+        yield
 
 
 @pytest.fixture
@@ -55,7 +58,6 @@ def stop_at(monkeypatch, step: int) -> None:
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
     """An undisturbed run."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     result = loop.run(make(data), workdir)
     assert (result.status, result.step, result.total_steps) == ("finished", 6, 6)

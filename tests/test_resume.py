@@ -67,6 +67,7 @@ def wait_for_line(p: subprocess.Popen[str], workdir: Path, step: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment(data, reference, tmp_path):
     rng = random.Random(time.time_ns())
     restored = 0
@@ -88,6 +89,7 @@ def test_kill_9_at_any_moment(data, reference, tmp_path):
     assert restored >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_signal_saves_exits_75_and_continues(data, reference, tmp_path, sent, workers):
     workdir = tmp_path / "run"
@@ -142,6 +144,7 @@ def test_finished_run_again_is_a_no_op(data, reference):
     } == before
 
 
+@pytest.mark.slow
 def test_eight_devices_have_the_losses_of_one_and_read_each_others_states(data, reference, tmp_path):
     workdir = tmp_path / "run"
     err = train(data, workdir, *OFTEN, "--config.mesh.fsdp=2", "--config.mesh.min_size=64", devices=8)

@@ -99,6 +99,26 @@ def test_second_signal_leaves_at_once(first):
     assert "second signal" in err
 
 
+def test_words_in_the_middle_of_another_write(monkeypatch):
+    """A signal handler may run inside a write to the same stream, which Python refuses with RuntimeError."""
+
+    class Busy:
+        def write(self, text=""):
+            raise RuntimeError("reentrant call")
+
+        flush = write
+
+    said, left = [], []
+    monkeypatch.setattr(hygiene.sys, "stderr", Busy())
+    monkeypatch.setattr(hygiene.sys, "stdout", Busy())
+    monkeypatch.setattr(hygiene.os, "write", lambda fd, text: said.append((fd, text)))
+    monkeypatch.setattr(hygiene.os, "_exit", left.append)
+    hygiene.say("leaving")
+    hygiene.leave(143)
+    assert said == [(2, b"unimed-jax: leaving\n")]
+    assert left == [143]
+
+
 def test_signal_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     with hygiene.StopSignals() as stop:

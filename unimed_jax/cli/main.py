@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from unimed_jax import __version__
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         code = e.exit_code
     except OSError as e:
         if isinstance(e, BrokenPipeError) and _nobody_reads():  # e.g. `| head`
-            sys.stderr.close()
+            # What is still buffered goes nowhere, or the interpreter would fail on it while it ends (exit code 120).
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         _show(debug)
         where = f": {e.filename}" if e.filename else ""

@@ -26,16 +26,23 @@ INIT_TIMEOUT, HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT = 120, 30, 15
 
 def say(line: str) -> None:
     """One line on stderr, at once, even while the interpreter goes down."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"unimed-jax: {line}\n")
+    text = f"unimed-jax: {line}\n"
+    try:
+        sys.stderr.write(text)
         sys.stderr.flush()
+    except RuntimeError:  # in a signal handler, and the signal came in the middle of another write to stderr
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+    except (OSError, ValueError):
+        pass
 
 
 def leave(code: int) -> NoReturn:
     """Ends this process now: no atexit handlers, no barrier with peers that will never come."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # RuntimeError: in a signal handler, and the signal came in the middle of a write to this stream.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            stream.flush()
     os._exit(code)
 
 

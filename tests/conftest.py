@@ -6,6 +6,7 @@ import importlib
 import os
 import socket
 import sys
+import tracemalloc  # noqa: F401  pytest imports it in a garbage collection, which may fall into a patched __import__
 from pathlib import Path
 
 import pytest

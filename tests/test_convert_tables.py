@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from unimed_jax import config
-from unimed_jax.convert import dinov2_onnx, hf, native, positions, tables
+from unimed_jax.convert import dinov2_onnx, hf, native, tables
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
 
@@ -171,32 +171,6 @@ def test_clip_model_refuses_a_stranger():
         hf.clip_to_params({**state, "extra": np.zeros(1)}, m)
     with pytest.raises(DataError, match="logit_bias"):
         hf.clip_from_params({**params, "logit_bias": np.zeros(())}, m)
-
-
-# --- position tables
-
-
-@pytest.mark.parametrize("align", [False, True])
-@pytest.mark.parametrize(("n", "m"), [(37, 16), (14, 24), (5, 4), (4, 1)])
-def test_resize_equals_torch(n, m, align):
-    torch = pytest.importorskip("torch")
-    if align and m == 1:
-        pytest.skip("one sample has no corners to align")
-    pos = np.random.default_rng(0).normal(size=(1 + n * n, 6)).astype(np.float32)
-    grid = (
-        torch.from_numpy(pos[1:].reshape(1, n, n, 6)).permute(0, 3, 1, 2).double()
-    )  # in float32 it loses 3e-6
-    want = torch.nn.functional.interpolate(grid, size=(m, m), mode="bicubic", align_corners=align)
-    got = positions.resize_positions(pos, m, align_corners=align)
-    np.testing.assert_array_equal(got[0], pos[0])
-    np.testing.assert_allclose(got[1:], want.permute(0, 2, 3, 1).reshape(m * m, 6).numpy(), atol=1e-6)
-
-
-def test_resize_keeps_equal_grids_and_refuses_others():
-    pos = np.random.default_rng(0).normal(size=(17, 3)).astype(np.float32)
-    assert positions.resize_positions(pos, 4) is pos
-    with pytest.raises(DataError, match="16 rows"):
-        positions.resize_positions(pos[:16], 4)
 
 
 # --- ONNX

@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from unimed_jax.data import export, limits, text
+    from unimed_jax.data import card, export, limits, text
     from unimed_jax.data.sources import open_source
 
     options: dict[str, Any] = {
@@ -100,7 +100,8 @@ def _build(args: argparse.Namespace) -> int:
         )
     splits = ", ".join(f"{split} {manifest.examples(split)}" for split in manifest.splits)
     rejects = ", ".join(f"{reason} {n}" for reason, n in manifest.rejects.items()) or "none"
-    print(f"{manifest.source}: {splits} records; rejected: {rejects}")
+    notes = "".join(f"; {what}: {n}" for what, n in card.caption_notes(manifest).items())
+    print(f"{manifest.source}: {splits} records; rejected: {rejects}{notes}")
     print(f"in {Path(args.out) / manifest.source / manifest.version}")
     return 0
 

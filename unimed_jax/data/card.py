@@ -16,6 +16,7 @@ def text(manifest: Manifest) -> str:
         for split, counts in m.counts.items()
     ]
     simulated = sum(c.get("simulated", 0) for c in m.counts.values())
+    notes = ", ".join(f"{what} {n}" for what, n in caption_notes(m).items())
     shown = "train" if "train" in m.splits else next(iter(m.splits))
     rejected = ", ".join(f"{reason}: {n}" for reason, n in m.rejects.items()) or "none"
     return "\n".join(
@@ -28,6 +29,7 @@ def text(manifest: Manifest) -> str:
             f"- Records: {sum(map(m.examples, m.splits))}, schema version {m.schema_version}",
             f"- Simulated, not acquired: {simulated}",
             f"- Left out: {rejected} (rejects.jsonl)",
+            *([f"- Taken apart or dropped: {notes}"] if notes else []),
             f"- Tokens counted by: {'tokenizer ' + m.tokenizer[:16] if m.tokenizer else 'not counted'}",
             "- Research use only, not a medical device. Patients appear as salted hashes; text that is burned into "
             "pictures is not removed.",
@@ -47,6 +49,13 @@ def text(manifest: Manifest) -> str:
             "",
         ]
     )
+
+
+def caption_notes(manifest: Manifest) -> dict[str, int]:
+    """How many captions were taken apart or dropped at export (data/markers.py), where there were any."""
+    names = ("joined captions", "placeholder captions")
+    sums = {name: sum(c.get(name, 0) for c in manifest.counts.values()) for name in names}
+    return {name: n for name, n in sums.items() if n}
 
 
 def _listed(counts: dict[str, int], prefix: str) -> str:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from unimed_jax import config
-from unimed_jax.data import images, limits
+from unimed_jax.data import images, limits, markers
 from unimed_jax.data.record import Caption, Example
 from unimed_jax.errors import DataError
 
-# A caption of only such a word stands for a missing one in published annotation files.
-PLACEHOLDERS = frozenset({"", "nan", "none", "null", "noreportpresent", "nothingpresent"})
 _WHITE = frozenset("\t\n\v\f\r\x85")
 
 
@@ -32,13 +30,14 @@ class Reject(Exception):
 
 
 def clean_captions(
-    captions: Iterable[Caption], count: Callable[[str], int] | None = None
+    captions: Iterable[Caption], count: Callable[[str], int] | None = None, *, source: str = ""
 ) -> tuple[Caption, ...]:
-    """Brings captions to NFC, drops empty ones and placeholders, and counts their tokens.
+    """Takes joined captions apart (data/markers.py), brings them to NFC, drops placeholders, counts tokens.
 
     Args:
         captions: of one example.
         count: number of tokens of a text, special ones included; None = not counted.
+        source: of the example.
 
     Raises:
         Reject: caption_not_utf8, caption_control, caption_too_long, caption_kind, caption_too_many, caption_empty.
@@ -48,17 +47,22 @@ def clean_captions(
         (Caption(text='a chest film', kind='original', tokens=0),)
     """
     kept = []
-    for caption in captions:
+    for caption in _taken_apart(captions, source):
         if fault := caption_fault(caption):
             raise Reject(*fault)
         text = unicodedata.normalize("NFC", caption.text).strip()
-        if text.strip(" .").lower() not in PLACEHOLDERS:
+        if not markers.is_placeholder(text):
             kept.append(Caption(text=text, kind=caption.kind, tokens=count(text) if count else 0))
     if not kept:
         raise Reject("caption_empty", "no caption says anything")
     if len(kept) > limits.MAX_CAPTIONS:
         raise Reject("caption_too_many", f"{len(kept)} captions, more than {limits.MAX_CAPTIONS}")
     return tuple(kept)
+
+
+def _taken_apart(captions: Iterable[Caption], source: str) -> Iterator[Caption]:
+    for caption in captions:
+        yield from markers.split(caption.text, source) if markers.find(caption.text, source) else [caption]
 
 
 def caption_fault(caption: Caption) -> tuple[str, str] | None:
@@ -100,7 +104,7 @@ def finish(example: Example, count: Callable[[str], int] | None = None) -> Examp
         raise Reject("modality", f"{example.modality!r} is none of {', '.join(config.MODALITIES)}")
     return replace(
         example,
-        captions=clean_captions(example.captions, count),
+        captions=clean_captions(example.captions, count, source=example.source),
         image_format=image_format,
         height=pixels.shape[0],
         width=pixels.shape[1],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from unimed_jax import config
-from unimed_jax.data import images, pool, record, shards, validate, writer
+from unimed_jax.data import images, markers, pool, record, shards, validate, writer
 from unimed_jax.data.record import Example
 from unimed_jax.data.shards import MANIFEST, Manifest, ShardInfo, Shards
 from unimed_jax.errors import DataError, UnimedError
@@ -155,10 +155,12 @@ def _fault(example: Example, job: _Job) -> str:
         return "the picture is not the one that was stored: its sha256 differs"
     if example.modality and example.modality not in config.MODALITIES:
         return f"unknown modality {example.modality!r}"
+    if marker := next((m for c in example.captions if (m := markers.find(c.text, example.source))), None):
+        return f"several captions are joined in one by {marker.text}; export the source again"
     try:
         if images.decode(example.image, where="the picture").shape[:2] != (example.height, example.width):
             return "the picture has another size than the record says"
-        validate.clean_captions(example.captions)
+        validate.clean_captions(example.captions, source=example.source)
     except UnimedError as e:
         return e.cause
     except validate.Reject as e:

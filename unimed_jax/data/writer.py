@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unimed_jax.data import record, validate
+from unimed_jax.data import markers, record, validate
 from unimed_jax.data.record import Example
 from unimed_jax.data.shards import RecordSource, array_record_module
 from unimed_jax.data.text import Tokenizer
@@ -74,13 +74,14 @@ def write_shard(source: RecordSource, job: Job, tokenizer: Tokenizer | None) -> 
         writer = module.ArrayRecordWriter(str(part), OPTIONS)
         for item, key in zip(job.items, job.keys, strict=True):
             try:
-                example = _read(source, item, key, job.split, tokenizer)
+                example, notes = _read(source, item, key, job.split, tokenizer)
                 blob = record.encode(example)
             except Reject as e:
                 rejects.append({"key": key, "split": job.split, "reason": e.reason, "detail": e.detail})
                 continue
             writer.write(blob)
             counts.update(_count(example))
+            counts.update(notes)
         writer.close()
         count = counts["records"]
         _read_back(module, part, count)
@@ -106,7 +107,10 @@ def write_shard(source: RecordSource, job: Job, tokenizer: Tokenizer | None) -> 
             part.unlink(missing_ok=True)
 
 
-def _read(source: RecordSource, item: Any, key: str, split: str, tokenizer: Tokenizer | None) -> Example:
+def _read(
+    source: RecordSource, item: Any, key: str, split: str, tokenizer: Tokenizer | None
+) -> tuple[Example, Counter[str]]:
+    """One example as it is stored, and what had to be done to its captions."""
     try:
         example = source.example(item)
     except (Reject, UnimedError):
@@ -120,10 +124,11 @@ def _read(source: RecordSource, item: Any, key: str, split: str, tokenizer: Toke
     if example.split != split:
         raise Fault(f"source {source.name} lists {key} in split {split} and reads it as {example.split}")
     example = replace(example, key=key, source=source.name)
+    notes = markers.tally(example.captions, source.name)
     example = validate.finish(example, tokenizer.count if tokenizer else None)
     if sum(map(len, (example.image, *(c.text for c in example.captions)))) > record.limits.MAX_RECORD_BYTES:
         raise Reject("too_large", f"more than {record.limits.MAX_RECORD_BYTES} bytes in one record")
-    return example
+    return example, notes
 
 
 def _count(example: Example) -> Iterator[str]:

@@ -12,6 +12,7 @@ import time
 import jax
 import pytest
 
+from unimed_jax.errors import UsageError
 from unimed_jax.train import hygiene
 
 
@@ -47,6 +48,7 @@ def test_only_a_launcher_starts_the_distributed_runtime(env, name):
 
 WATCHED = """
 import sys, time
+from unimed_jax.errors import UsageError
 from unimed_jax.train import hygiene
 with hygiene.Watchdog(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0) as dog:
     for _ in range(4):
@@ -71,6 +73,7 @@ def test_watchdog_dumps_stacks_and_exits_71():
 
 SIGNALLED = """
 import time
+from unimed_jax.errors import UsageError
 from unimed_jax.train import hygiene
 with hygiene.StopSignals() as stop:
     print("ready", flush=True)
@@ -151,6 +154,7 @@ def free_port() -> int:
 
 HOST = """
 import sys, time, jax
+from unimed_jax.errors import UsageError
 from unimed_jax.train import hygiene
 assert hygiene.initialize_distributed() == "jax"
 hygiene.die_alone(True)
@@ -217,6 +221,13 @@ def test_a_missing_peer_is_said_in_one_line(who):
     assert done.returncode == 70
     said = f"unimed-jax: process {who} of 2: the processes of this jax job did not come together within 2 s"
     assert said in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("variable", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
+def test_a_number_of_processes_that_is_no_number_is_a_usage_error(variable):
+    env = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    with pytest.raises(UsageError, match=f"{variable} is 'two'"):
+        hygiene.initialize_distributed(env | {variable: "two"})
 
 
 def test_compilation_cache_is_private(tmp_path):

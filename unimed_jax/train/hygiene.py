@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from unimed_jax.errors import Fault, Stalled, UnimedError
+from unimed_jax.errors import Fault, Stalled, UnimedError, UsageError
 
 # Seconds. Peers must show up within the first, prove that they live within the second, and agree to end in the third.
 INIT_TIMEOUT, HEARTBEAT_TIMEOUT, SHUTDOWN_TIMEOUT = 120, 30, 15
@@ -80,6 +80,7 @@ def initialize_distributed(env: Mapping[str, str] | None = None) -> str:
     recognised by JAX itself.
 
     Raises:
+        UsageError: for a JAX_NUM_PROCESSES or JAX_PROCESS_ID that is no whole number.
         Fault: when peers do not show up within `INIT_TIMEOUT` seconds.
     """
     env = os.environ if env is None else env
@@ -93,7 +94,7 @@ def initialize_distributed(env: Mapping[str, str] | None = None) -> str:
         settings["coordinator_address"] = env["JAX_COORDINATOR_ADDRESS"]
         for key, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
             if variable in env:
-                settings[key] = int(env[variable])
+                settings[key] = _whole(env, variable)
     timeout = float(env.get("UNIMED_JAX_INIT_TIMEOUT", INIT_TIMEOUT))
     me = (
         f"process {settings['process_id']} of {settings.get('num_processes', '?')}: "
@@ -120,6 +121,12 @@ def initialize_distributed(env: Mapping[str, str] | None = None) -> str:
     finally:
         alarm.cancel()
     return name
+
+
+def _whole(env: Mapping[str, str], variable: str) -> int:
+    if not env[variable].isdigit():
+        raise UsageError(f"{variable} is {env[variable]!r}", "a whole number from 0")
+    return int(env[variable])
 
 
 def end(error: BaseException) -> NoReturn:

@@ -48,7 +48,6 @@ def test_only_a_launcher_starts_the_distributed_runtime(env, name):
 
 WATCHED = """
 import sys, time
-from unimed_jax.errors import UsageError
 from unimed_jax.train import hygiene
 with hygiene.Watchdog(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0) as dog:
     for _ in range(4):
@@ -73,7 +72,6 @@ def test_watchdog_dumps_stacks_and_exits_71():
 
 SIGNALLED = """
 import time
-from unimed_jax.errors import UsageError
 from unimed_jax.train import hygiene
 with hygiene.StopSignals() as stop:
     print("ready", flush=True)
@@ -154,7 +152,6 @@ def free_port() -> int:
 
 HOST = """
 import sys, time, jax
-from unimed_jax.errors import UsageError
 from unimed_jax.train import hygiene
 assert hygiene.initialize_distributed() == "jax"
 hygiene.die_alone(True)

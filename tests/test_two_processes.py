@@ -1,4 +1,4 @@
-"""A training run over two processes of one JAX job on this machine: the same losses, a peer's death, and back to one."""
+"""Training over two processes of one JAX job on this machine: the same losses, a peer's death, and back to one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,208 @@
+"""AdamW's moments from PyTorch and back: names, order, file, and a run that goes on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import small_model
+
+from unimed_jax import config
+from unimed_jax.convert import optimizer
+from unimed_jax.errors import DataError
+from unimed_jax.models import clip, zoo
+
+torch = pytest.importorskip("torch")
+import torch_unimed  # noqa: E402  needs torch
+
+pytestmark = pytest.mark.torch
+OPTIM = config.Optim(lr=5e-4, warmup=config.Duration(steps=5))
+
+
+def plain(x):
+    """A torch tree as a reader without torch gives it."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().numpy()
+    if isinstance(x, dict):
+        return {k: plain(v) for k, v in x.items()}
+    return [plain(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+
+@pytest.fixture(scope="module")
+def model() -> config.Model:
+    return small_model.model(text__dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def batches(model):
+    rng = np.random.default_rng(0)
+    size, context = model.vision.image_size, model.text.context_length
+    out = []
+    for _ in range(2):
+        tokens = rng.integers(1, model.text.vocab_size, (8, context), dtype=np.int32)
+        tokens[np.arange(context) >= rng.integers(4, context + 1, (8, 1))] = model.text.pad_id
+        out.append({"image": rng.integers(0, 256, (8, size, size, 3), dtype=np.uint8), "tokens": tokens})
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(model, batches):
+    """Seven steps in PyTorch: (model, optimizer)."""
+    torch.manual_seed(0)
+    peer = torch_unimed.Peer(model)
+    adam = torch_unimed.make_optimizer(peer, OPTIM)
+    torch_unimed.train(peer, adam, batches, [torch_unimed.rate(s, OPTIM, 5, 37) for s in range(7)])
+    return peer, adam
+
+
+# -- order ----------------------------------------------------------------------------------------------------------
+
+
+def test_order_is_that_of_the_modules(trained):
+    peer, _ = trained
+    names = [n for n, _ in peer.named_parameters()]
+    assert optimizer.module_order(sorted(names)) == names
+    assert optimizer.module_order(names[::-1]) == names == list(peer.state_dict())
+    shapes = {n: tuple(p.shape) for n, p in peer.named_parameters()}
+    undecayed, decayed = optimizer.groups_of(shapes)
+    assert undecayed == [n for n, s in shapes.items() if len(s) < 2]
+    assert undecayed[:2] == ["logit_scale", "visual.class_embedding"]
+    assert decayed[0] == "visual.positional_embedding"
+
+
+def test_order_of_many_layers():
+    """Ten comes after nine, not after one."""
+    names = [f"visual.transformer.resblocks.{i}.ln_2.bias" for i in (10, 9, 1)]
+    assert optimizer.module_order(names) == names[::-1]
+    with pytest.raises(DataError, match=r"visual\.head"):
+        optimizer.module_order(["visual.head"])
+
+
+@pytest.mark.parametrize(
+    ("name", "undecayed", "decayed"),
+    [("unimed-clip-vit-b16", 224, 128), ("unimed-clip-vit-l14-336-large-text", 440, 248)],
+)
+def test_group_sizes_of_the_released_models(name, undecayed, decayed):
+    m = zoo.get(name)
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in torch_unimed.Peer(m).named_parameters()}
+    assert [len(g) for g in optimizer.groups_of(shapes)] == [undecayed, decayed]
+    assert sum(int(np.prod(s)) for s in shapes.values()) == clip.count(clip.skeleton(m)[1])
+    assert optimizer.module_order(shapes) == list(shapes)
+
+
+# -- torch's state dict -----------------------------------------------------------------------------------------------
+
+
+def test_moments_get_their_names(trained):
+    peer, adam = trained
+    shapes = {n: tuple(p.shape) for n, p in peer.state_dict().items()}
+    first, second, step, settings = optimizer.from_torch(plain(adam.state_dict()), shapes)
+    assert step == 7
+    assert settings == {
+        "lr": adam.param_groups[1]["lr"],
+        "b1": 0.9,
+        "b2": 0.98,
+        "eps": 1e-6,
+        "weight_decay": 0.2,
+    }
+    for name, p in peer.named_parameters():
+        np.testing.assert_array_equal(first[name], adam.state[p]["exp_avg"])
+        np.testing.assert_array_equal(second[name], adam.state[p]["exp_avg_sq"])
+
+
+def test_torch_takes_its_moments_back(trained, model, batches):
+    """Out and in again: the next steps are the same bits."""
+    peer, adam = copy.deepcopy(trained)
+    shapes = {n: tuple(p.shape) for n, p in peer.state_dict().items()}
+    first, second, step, settings = optimizer.from_torch(plain(adam.state_dict()), shapes)
+    out = optimizer.to_torch(first, second, step=step, settings=settings)
+    assert out["param_groups"][0]["weight_decay"] == 0
+    for moments in out["state"].values():
+        moments.update({k: torch.tensor(np.array(v)) for k, v in moments.items()})
+    other = copy.deepcopy(peer)
+    fresh = torch_unimed.make_optimizer(other, OPTIM)
+    fresh.load_state_dict(out)
+    rates = [1e-4] * 3
+    assert torch_unimed.train(other, fresh, batches, rates) == torch_unimed.train(peer, adam, batches, rates)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda o: o["param_groups"].append(o["param_groups"][0]), "no AdamW of"),
+        (lambda o: o["param_groups"][0]["params"].pop(), "no AdamW of"),
+        (lambda o: o.pop("state"), "no AdamW of"),
+        (lambda o: o["param_groups"][1].pop("betas"), "no AdamW of"),
+        (lambda o: o["param_groups"][0].update(amsgrad=True), "amsgrad"),
+        (lambda o: o["state"][0].update(step=3), "3 to 7 times"),
+        (lambda o: o["state"].clear(), "0 times"),
+        (lambda o: o["state"][1].update(exp_avg_sq=np.zeros(2)), "class_embedding have shape"),
+        (lambda o: o["state"][0].pop("exp_avg"), "no AdamW of"),
+    ],
+)
+def test_another_optimizer_is_refused(trained, change, word):
+    peer, adam = trained
+    state = plain(adam.state_dict())
+    change(state)
+    with pytest.raises(DataError, match=word):
+        optimizer.from_torch(state, {n: tuple(p.shape) for n, p in peer.state_dict().items()})
+
+
+def test_a_sorted_state_dict_is_refused(trained):
+    """Its order says nothing of which moment belongs to which weight."""
+    peer, adam = trained
+    shapes = {n: tuple(p.shape) for n, p in sorted(peer.state_dict().items())}
+    with pytest.raises(DataError, match="not in the order"):
+        optimizer.from_torch(plain(adam.state_dict()), shapes)
+
+
+# -- our file ---------------------------------------------------------------------------------------------------------
+
+
+def some_moments(m: config.Model, step: int = 4) -> optimizer.Moments:
+    leaves = [clip.flatten(small_model.params(m, seed)) for seed in (1, 2)]
+    return optimizer.Moments(
+        first=leaves[0].items, second=leaves[1].items, step=step, settings={"lr": 1e-3, "b1": 0.9}
+    )
+
+
+def test_file_keeps_every_bit(model, tmp_path):
+    wanted = some_moments(model)
+    file = optimizer.save(tmp_path / "new" / optimizer.FILE, wanted, model)
+    found = optimizer.load(file)
+    assert (found.step, found.settings) == (4, wanted.settings)
+    for a, b in zip(found.trees(), wanted.trees(), strict=True):
+        assert a.keys() == b.keys()
+        assert all(np.array_equal(a[k], b[k]) and a[k].dtype == np.float32 for k in b)
+    assert [p.name for p in file.parent.iterdir()] == [optimizer.FILE]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda leaves: leaves.pop("vision/pos"), "1 moments are missing: nu/vision/pos"),
+        (lambda leaves: leaves.update(extra=np.zeros(1)), "nu/extra"),
+        (
+            lambda leaves: leaves.update({"vision/cls": np.zeros(3)}),
+            r"nu/vision/cls \[3\] is not the model's",
+        ),
+        (lambda leaves: leaves.update({"vision/cls": np.full(64, np.nan)}), "nu/vision/cls holds"),
+    ],
+)
+def test_moments_of_another_model_are_not_written(model, tmp_path, change, word):
+    leaves = dict(some_moments(model).second())
+    change(leaves)
+    with pytest.raises(DataError, match=word):
+        optimizer.save(tmp_path / "o", dataclasses.replace(some_moments(model), second=leaves.items), model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_files_hold_no_moments(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"mu/x": np.zeros(1)}, tmp_path / "x")
+    with pytest.raises(DataError, match="no moments"):
+        optimizer.load(tmp_path / "x")

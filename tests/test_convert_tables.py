@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from unimed_jax import config
-from unimed_jax.convert import dinov2_onnx, hf, native, tables
+from unimed_jax.convert import dinov2_onnx, hf, mapping, native, tables
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
 
@@ -21,11 +21,18 @@ BERT = config.Text(
     vocab_size=9, context_length=6, max_positions=7, width=12, depth=3, heads=2, mlp_dim=20, proj="linear"
 )
 CLIP_TEXT = dataclasses.replace(BERT, kind="clip", pool="eot", max_positions=6)
+TIMM = dataclasses.replace(DINO, mlp_dim=48)
 CASES = {
     "hf_clip_vision": config.Model(embed_dim=5, vision=VISION, text=BERT),
     "hf_clip_text": config.Model(embed_dim=5, vision=VISION, text=CLIP_TEXT),
     "hf_bert": config.Model(embed_dim=5, vision=VISION, text=BERT),
     "hf_dinov2": config.Model(embed_dim=5, vision=DINO, text=BERT),
+    "openclip_vision": config.Model(embed_dim=5, vision=VISION, text=BERT),
+    "timm_vision": config.Model(embed_dim=5, vision=TIMM, text=BERT),
+    "openclip_clip_text": config.Model(embed_dim=5, vision=VISION, text=CLIP_TEXT),
+    "openclip_custom_clip_text": config.Model(embed_dim=5, vision=VISION, text=CLIP_TEXT),
+    "openclip_hf_text": config.Model(embed_dim=5, vision=VISION, text=BERT),
+    "unimed_text": config.Model(embed_dim=6, vision=VISION, text=dataclasses.replace(BERT, proj="mlp")),
 }
 B16 = config.Model()
 
@@ -83,8 +90,7 @@ def test_key_count_of_the_published_b16():
     """352 tensors with fused qkv in the reference; Hugging Face splits it: 200 for vision, 197 for BERT."""
     shapes = {}
     for table in (tables.HF_CLIP_VISION, tables.HF_BERT):
-        want = tables._leaves(table, B16)
-        shapes[table.name] = tables._their_shapes(table, want)
+        shapes[table.name] = mapping.their_shapes(table, B16)
     assert len(shapes["CLIPVisionModelWithProjection"]) == 7 + 12 * 16 + 1
     assert len(shapes["BertModel"]) == 5 + 12 * 16
     total = sum(int(np.prod(s)) for part in shapes.values() for s in part.values())
@@ -111,7 +117,8 @@ def test_layer_scale_is_folded_into_the_branch():
 def test_every_fault_is_listed(case):
     table, m, params = case
     state = tables.from_params(params, table, m)
-    missing, shaped, *_, broken = state
+    missing, shaped, *_ = state
+    broken = list(state)[-3]
     del state[missing]
     state["something.else"] = np.zeros(3)
     state[shaped] = np.zeros((2, 2, 2))

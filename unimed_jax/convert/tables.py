@@ -1,58 +1,22 @@
 """How other libraries name and lay out the weights of a tower, as data; one table serves both directions.
 
-A row says: our leaf, the key or keys that hold it elsewhere, and how the array is moved. `{i}` counts layers, which
-are stacked on our leading axis. Several keys in one row are concatenated on our last axis (fused qkv).
+`convert/mapping.py` applies them. Names and layouts are those of the checkpoints that OpenCLIP, timm and transformers
+write.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+from unimed_jax.convert.mapping import MOVES, Row, State, Table, from_params, leaves, to_params, to_state
 
-from unimed_jax import config
-from unimed_jax.errors import DataError
-from unimed_jax.models import clip
+__all__ = ["MOVES", "TABLES", "Row", "State", "Table", "from_params", "leaves", "to_params", "to_state"]
 
-State = Mapping[str, np.ndarray]
-
-# name: (their array -> ours, our array -> theirs), exact inverses of each other
-MOVES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
-    "same": (lambda a: a, lambda a: a),
-    "transpose": (lambda a: a.T, lambda a: a.T),  # Linear: [out in] <-> [in out]
-    "conv": (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),  # OIHW <-> HWIO
-    "lead1": (lambda a: a[0], lambda a: a[None]),  # [1 ...] <-> [...]
-    "lead2": (lambda a: a[0, 0], lambda a: a[None, None]),  # [1 1 d] <-> [d]
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One of our leaves and where it comes from."""
-
-    ours: str  # path below the tower, e.g. "blocks/attn/qkv/kernel"
-    theirs: tuple[str, ...]  # key patterns
-    move: str = "same"  # key of MOVES
-    scale: str = ""  # LayerScale key: folded into our last axis, written back as ones
-
-    @property
-    def layered(self) -> bool:
-        """Whether the row holds one tensor per layer."""
-        return "{i}" in self.theirs[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """One format of one tower."""
-
-    name: str
-    tower: str  # vision | text
-    rows: tuple[Row, ...]
-    ignore: tuple[str, ...] = ()  # regexes of their keys that carry no weights of this tower
-    rename: tuple[tuple[str, str], ...] = ()  # (regex, replacement) for older spellings, before matching
-    absent: tuple[str, ...] = ()  # regexes of our leaves that the format does not have
+# What a key is for when it holds no weights of a tower.
+_IDS = "position_ids buffer"
+_POOLER = "pooler, not part of the encoder"
+_HEAD = "pre-training head, not part of the encoder"
 
 
 def _dense(ours: str, *theirs: str, scale: str = "") -> tuple[Row, Row]:
@@ -88,7 +52,13 @@ HF_CLIP_VISION = Table(
         *_norm("ln_post", "vision_model.post_layernorm"),
         Row("proj/kernel", ("visual_projection.weight",), "transpose"),
     ),
-    ignore=(r"vision_model\.embeddings\.position_ids",),
+    marks=r"vision_model\..*|embeddings\.(class_embedding|patch_embedding\.weight)",
+    owns=r"vision_model\..*|visual_projection\..*|(embeddings|encoder|pre_layrnorm|post_layernorm)\..*",
+    ignore=((r"vision_model\.embeddings\.position_ids", _IDS),),
+    # transformers 5 saves a CLIPVisionModel without the prefix.
+    rename=((r"^(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_model."),),
+    proj=("linear", "none"),
+    implies={"pool": "cls"},
 )
 
 HF_CLIP_TEXT = Table(
@@ -101,35 +71,172 @@ HF_CLIP_TEXT = Table(
         *_norm("ln_final", "text_model.final_layer_norm"),
         Row("proj/kernel", ("text_projection.weight",), "transpose"),
     ),
-    ignore=(r"text_model\.embeddings\.position_ids",),
+    marks=r"text_model\..*",
+    owns=r"text_model\..*|text_projection\..*",
+    ignore=((r"text_model\.embeddings\.position_ids", _IDS),),
+    proj=("linear",),
+    implies={"kind": "clip", "pool": "eot", "dropout": 0.0},
 )
 
-_BERT_LAYER = "encoder.layer.{i}"
-_BERT_SELF = f"{_BERT_LAYER}.attention.self"
+
+def _bert_rows(prefix: str) -> tuple[Row, ...]:
+    layer = f"{prefix}encoder.layer.{{i}}"
+    attn = f"{layer}.attention"
+    return (
+        Row("word", (f"{prefix}embeddings.word_embeddings.weight",)),
+        Row("pos", (f"{prefix}embeddings.position_embeddings.weight",)),
+        Row("type", (f"{prefix}embeddings.token_type_embeddings.weight",)),
+        *_norm("ln_embed", f"{prefix}embeddings.LayerNorm"),
+        *_dense("blocks/attn/qkv", f"{attn}.self.query", f"{attn}.self.key", f"{attn}.self.value"),
+        *_dense("blocks/attn/out", f"{attn}.output.dense"),
+        *_norm("blocks/ln1", f"{attn}.output.LayerNorm"),
+        *_dense("blocks/mlp/up", f"{layer}.intermediate.dense"),
+        *_dense("blocks/mlp/down", f"{layer}.output.dense"),
+        *_norm("blocks/ln2", f"{layer}.output.LayerNorm"),
+    )
+
+
+_OLD_NORMS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+
 HF_BERT = Table(
     name="BertModel",
     tower="text",
-    rows=(
-        Row("word", ("embeddings.word_embeddings.weight",)),
-        Row("pos", ("embeddings.position_embeddings.weight",)),
-        Row("type", ("embeddings.token_type_embeddings.weight",)),
-        *_norm("ln_embed", "embeddings.LayerNorm"),
-        *_dense("blocks/attn/qkv", f"{_BERT_SELF}.query", f"{_BERT_SELF}.key", f"{_BERT_SELF}.value"),
-        *_dense("blocks/attn/out", f"{_BERT_LAYER}.attention.output.dense"),
-        *_norm("blocks/ln1", f"{_BERT_LAYER}.attention.output.LayerNorm"),
-        *_dense("blocks/mlp/up", f"{_BERT_LAYER}.intermediate.dense"),
-        *_dense("blocks/mlp/down", f"{_BERT_LAYER}.output.dense"),
-        *_norm("blocks/ln2", f"{_BERT_LAYER}.output.LayerNorm"),
+    rows=_bert_rows(""),
+    marks=r"(bert\.)?(embeddings\.(word|token_type)_embeddings\.weight|encoder\.layer\.\d+\.intermediate\..*)",
+    ignore=(
+        (r"embeddings\.(position|token_type)_ids", _IDS),
+        (r"pooler\..*", _POOLER),
+        (r"cls\..*", _HEAD),
     ),
-    # The pooler and the pre-training heads are not part of the encoder.
-    ignore=(r"embeddings\.position_ids", r"embeddings\.token_type_ids", r"pooler\..*", r"cls\..*"),
-    rename=(
-        (r"^bert\.", ""),
-        (r"LayerNorm\.gamma$", "LayerNorm.weight"),
-        (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    ),
+    rename=((r"^bert\.", ""), *_OLD_NORMS),
     absent=(r"proj/.*",),
+    implies={"kind": "bert", "pool": "cls"},
 )
+
+
+def _hf_text(name: str, prefix: str, **more: Any) -> Table:
+    """A BERT inside OpenCLIP's text tower: `prefix` differs between today's OpenCLIP and UniMed-CLIP's fork of it."""
+    dotted = re.escape(prefix)
+    return Table(
+        name=name,
+        tower="text",
+        rows=(
+            *_bert_rows(f"{prefix}transformer."),
+            Row("proj/kernel", (f"{prefix}proj.weight",), "transpose"),
+            Row("proj/up/kernel", (f"{prefix}proj.0.weight",), "transpose"),
+            Row("proj/down/kernel", (f"{prefix}proj.2.weight",), "transpose"),
+        ),
+        marks=rf"{dotted}transformer\.(embeddings|encoder\.layer)\..*",
+        owns=rf"{dotted}.*",
+        # A pooler is no buffer: whether the features come from it is said by the config only.
+        ignore=((rf"{dotted}transformer\.embeddings\.(position|token_type)_ids", _IDS),),
+        rename=_OLD_NORMS,
+        **more,
+    )
+
+
+_BERT_IMPLIES = {
+    "kind": "bert",
+    "act": "gelu",
+    "ln_eps": 1e-12,
+    "dropout": 0.1,
+    "pad_id": 0,
+    "context_length": 256,
+}
+OPENCLIP_HF_TEXT = _hf_text(
+    "OpenCLIP text tower (Hugging Face BERT)",
+    "text.",
+    proj=("mlp", "linear", "none"),
+    implies=_BERT_IMPLIES,
+)
+UNIMED_TEXT = _hf_text(
+    "UniMed-CLIP text tower",
+    "text_encoder.",
+    proj=("mlp",),
+    implies={**_BERT_IMPLIES, "pool": "cls"},
+)
+
+
+def _resblocks(prefix: str) -> tuple[Row, ...]:
+    """OpenAI's transformer block: torch's attention with its fused input matrix, rows in the order q, k, v."""
+    block = f"{prefix}transformer.resblocks.{{i}}"
+    return (
+        *_norm("blocks/ln1", f"{block}.ln_1"),
+        Row("blocks/attn/qkv/kernel", (f"{block}.attn.in_proj_weight",), "transpose"),
+        Row("blocks/attn/qkv/bias", (f"{block}.attn.in_proj_bias",)),
+        *_dense("blocks/attn/out", f"{block}.attn.out_proj"),
+        *_norm("blocks/ln2", f"{block}.ln_2"),
+        *_dense("blocks/mlp/up", f"{block}.mlp.c_fc"),
+        *_dense("blocks/mlp/down", f"{block}.mlp.c_proj"),
+    )
+
+
+OPENCLIP_VISION = Table(
+    name="OpenCLIP vision tower",
+    tower="vision",
+    rows=(
+        Row("cls", ("visual.class_embedding",)),
+        Row("patch/kernel", ("visual.conv1.weight",), "conv"),
+        Row("pos", ("visual.positional_embedding",)),
+        *_norm("ln_pre", "visual.ln_pre"),
+        *_resblocks("visual."),
+        *_norm("ln_post", "visual.ln_post"),
+        Row("proj/kernel", ("visual.proj",)),
+    ),
+    marks=r"visual\.(class_embedding|positional_embedding|ln_post\..*|transformer\.resblocks\..*)",
+    owns=r"visual\..*",
+    proj=("linear",),
+    implies={"ln_eps": 1e-5, "pool": "cls", "normalize": "openai"},
+)
+
+_TIMM_BLOCK = "visual.trunk.blocks.{i}"
+TIMM_VISION = Table(
+    name="timm vision tower",
+    tower="vision",
+    rows=(
+        Row("cls", ("visual.trunk.cls_token",), "lead2"),
+        Row("pos", ("visual.trunk.pos_embed",), "lead1"),
+        Row("patch/kernel", ("visual.trunk.patch_embed.proj.weight",), "conv"),
+        Row("patch/bias", ("visual.trunk.patch_embed.proj.bias",)),
+        *_norm("blocks/ln1", f"{_TIMM_BLOCK}.norm1"),
+        *_dense("blocks/attn/qkv", f"{_TIMM_BLOCK}.attn.qkv"),
+        *_dense("blocks/attn/out", f"{_TIMM_BLOCK}.attn.proj"),
+        *_norm("blocks/ln2", f"{_TIMM_BLOCK}.norm2"),
+        *_dense("blocks/mlp/up", f"{_TIMM_BLOCK}.mlp.fc1"),
+        *_dense("blocks/mlp/down", f"{_TIMM_BLOCK}.mlp.fc2"),
+        *_norm("ln_post", "visual.trunk.norm"),
+        Row("proj/kernel", ("visual.head.proj.weight",), "transpose"),
+    ),
+    marks=r"visual\.trunk\..*",
+    owns=r"visual\..*",
+    proj=("linear", "none"),
+    implies={"act": "gelu", "ln_eps": 1e-6, "ln_pre": False, "pool": "cls", "normalize": "openai"},
+)
+
+
+def _clip_text(name: str, prefix: str) -> Table:
+    """OpenAI's text tower: at the top of a CLIP, below `text.` in a CustomTextCLIP."""
+    dotted = re.escape(prefix)
+    return Table(
+        name=name,
+        tower="text",
+        rows=(
+            Row("word", (f"{prefix}token_embedding.weight",)),
+            Row("pos", (f"{prefix}positional_embedding",)),
+            *_resblocks(prefix),
+            *_norm("ln_final", f"{prefix}ln_final"),
+            Row("proj/kernel", (f"{prefix}text_projection",)),
+        ),
+        marks=rf"{dotted}(token_embedding\.weight|positional_embedding|ln_final\..*|transformer\.resblocks\..*)",
+        owns=rf"{dotted}(token_embedding\..*|positional_embedding|ln_final\..*|transformer\..*|text_projection.*|attn_mask)",
+        ignore=((rf"{dotted}attn_mask", "attention mask buffer"),),
+        proj=("linear",),
+        implies={"kind": "clip", "ln_eps": 1e-5, "pool": "eot", "eot_id": -1, "dropout": 0.0, "pad_id": 0},
+    )
+
+
+OPENCLIP_CLIP_TEXT = _clip_text("CLIP text tower", "")
+OPENCLIP_CUSTOM_CLIP_TEXT = _clip_text("OpenCLIP text tower", "text.")
 
 _DINO_LAYER = "encoder.layer.{i}"
 _DINO_SELF = f"{_DINO_LAYER}.attention.attention"
@@ -153,150 +260,32 @@ HF_DINOV2 = Table(
         *_dense("blocks/mlp/down", f"{_DINO_LAYER}.mlp.fc2", scale=f"{_DINO_LAYER}.layer_scale2.lambda1"),
         *_norm("ln_post", "layernorm"),
     ),
-    # The mask token serves DINOv2's own training only.
-    ignore=(r"embeddings\.mask_token",),
-    rename=((r"^dinov2\.", ""),),
+    marks=r"(dinov2\.)?(embeddings\.(cls_token|patch_embeddings\..*)|encoder\.layer\.\d+\.layer_scale1\..*)",
+    ignore=(
+        (r"embeddings\.mask_token", "mask token, serves DINOv2's own training only"),
+        (r"classifier\..*", "classifier, not part of the encoder"),
+    ),
+    rename=(
+        (r"^dinov2\.", ""),
+        # transformers 5 has other names inside its module than in its files.
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    ),
     absent=(r"proj/.*",),
+    implies={"ln_pre": False, "pool": "cls"},
 )
 
 TABLES: dict[str, Table] = {
+    "openclip_vision": OPENCLIP_VISION,
+    "timm_vision": TIMM_VISION,
     "hf_clip_vision": HF_CLIP_VISION,
+    "hf_dinov2": HF_DINOV2,
+    "openclip_clip_text": OPENCLIP_CLIP_TEXT,
+    "openclip_custom_clip_text": OPENCLIP_CUSTOM_CLIP_TEXT,
+    "openclip_hf_text": OPENCLIP_HF_TEXT,
+    "unimed_text": UNIMED_TEXT,
     "hf_clip_text": HF_CLIP_TEXT,
     "hf_bert": HF_BERT,
-    "hf_dinov2": HF_DINOV2,
 }
-
-
-def to_params(state: State, table: Table, m: config.Model, *, where: str = "") -> clip.Params:
-    """Their state dict as the parameters of one of our towers (nested dict of float32 arrays).
-
-    Leaves that the format does not have (`table.absent`, e.g. a projection) are left out.
-
-    Args:
-        state: arrays by key.
-        table: the format.
-        m: our architecture; only the table's tower is looked at.
-        where: file name for messages.
-
-    Raises:
-        DataError: listing every missing, unexpected, mis-shaped and non-finite key.
-    """
-    want = _leaves(table, m)
-    state = _renamed(state, table)
-    shapes = _their_shapes(table, want)
-    missing = sorted(shapes.keys() - state.keys())
-    unexpected = [
-        k for k in sorted(state.keys() - shapes.keys()) if not any(re.fullmatch(p, k) for p in table.ignore)
-    ]
-    both = sorted(shapes.keys() & state.keys())
-    shaped = [
-        f"{k} {list(state[k].shape)} instead of {list(shapes[k])}"
-        for k in both
-        if state[k].shape != shapes[k]
-    ]
-    broken = [k for k in both if not np.isfinite(np.asarray(state[k], np.float32)).all()]
-    _refuse(
-        table,
-        where,
-        {"missing": missing, "unexpected": unexpected, "mis-shaped": shaped, "not finite": broken},
-    )
-    return clip.unflatten({row.ours: _take(state, row, want[row.ours]) for row in _rows(table, want)})
-
-
-def from_params(params: clip.Params, table: Table, m: config.Model) -> dict[str, np.ndarray]:
-    """One of our towers as their state dict (float32, C order); inverse of `to_params`, LayerScale becomes ones.
-
-    Raises:
-        DataError: when the parameters do not have the architecture's leaves and shapes, or the format cannot
-            hold them.
-    """
-    want, have = _leaves(table, m), clip.flatten(params)
-    have = {k: v for k, v in have.items() if not any(re.fullmatch(p, k) for p in table.absent)}
-    _refuse(
-        table,
-        "parameters",
-        {
-            "missing": sorted(want.keys() - have.keys()),
-            "unexpected": sorted(have.keys() - want.keys()),
-            "mis-shaped": [
-                f"{k} {list(have[k].shape)} instead of {list(want[k])}"
-                for k in sorted(want.keys() & have.keys())
-                if tuple(have[k].shape) != want[k]
-            ],
-        },
-    )
-    out: dict[str, np.ndarray] = {}
-    for row in _rows(table, want):
-        leaf = np.asarray(have[row.ours], np.float32)
-        for i in range(len(leaf)) if row.layered else [None]:
-            parts = np.split(leaf if i is None else leaf[i], len(row.theirs), axis=-1)
-            for key, part in zip(row.theirs, parts, strict=True):
-                out[key.format(i=i)] = np.ascontiguousarray(MOVES[row.move][1](part))
-            if row.scale:
-                out[row.scale.format(i=i)] = np.ones(leaf.shape[-1], np.float32)
-    return out
-
-
-def _leaves(table: Table, m: config.Model) -> dict[str, tuple[int, ...]]:
-    """Shapes of our leaves that the format must hold."""
-    tower = clip.flatten(clip.skeleton(m)[1][table.tower])
-    want = {k: tuple(v.shape) for k, v in tower.items() if not any(re.fullmatch(p, k) for p in table.absent)}
-    if lost := sorted(want.keys() - {row.ours for row in table.rows}):
-        raise DataError(
-            f"{table.name} has no place for {_some(lost)} of model {m.name!r}",
-            "choose a format whose architecture is the same",
-        )
-    return want
-
-
-def _rows(table: Table, want: Mapping[str, tuple[int, ...]]) -> list[Row]:
-    return [row for row in table.rows if row.ours in want]
-
-
-def _their_shapes(table: Table, want: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shape of every key that the format must have for our shapes."""
-    out: dict[str, tuple[int, ...]] = {}
-    for row in _rows(table, want):
-        shape = want[row.ours][1:] if row.layered else want[row.ours]
-        part = (*shape[:-1], shape[-1] // len(row.theirs))
-        moved = MOVES[row.move][1](np.broadcast_to(np.float32(0), part)).shape  # no memory behind it
-        for i in range(want[row.ours][0]) if row.layered else [None]:
-            out |= {key.format(i=i): moved for key in row.theirs}
-            if row.scale:
-                out[row.scale.format(i=i)] = shape[-1:]
-    return out
-
-
-def _take(state: State, row: Row, shape: tuple[int, ...]) -> np.ndarray:
-    """Our leaf, filled layer by layer."""
-    out = np.empty(shape, np.float32)
-    for i in range(shape[0]) if row.layered else [None]:
-        parts = [MOVES[row.move][0](np.asarray(state[k.format(i=i)], np.float32)) for k in row.theirs]
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-        if row.scale:
-            whole = whole * np.asarray(state[row.scale.format(i=i)], np.float32)
-        out[... if i is None else i] = whole
-    return out
-
-
-def _renamed(state: State, table: Table) -> State:
-    def name(key: str) -> str:
-        for pattern, new in table.rename:
-            key = re.sub(pattern, new, key)
-        return key
-
-    return {name(key): value for key, value in state.items()} if table.rename else state
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _refuse(table: Table, where: str, faults: dict[str, list[str]]) -> None:
-    words = [f"{len(names)} {kind}: {_some(names)}" for kind, names in faults.items() if names]
-    if words:
-        raise DataError(
-            f"{where or 'state dict'} is no {table.name} of this architecture: {'; '.join(words)}",
-            "compare the architecture with the file's own config",
-        )

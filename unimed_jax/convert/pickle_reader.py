@@ -1,0 +1,415 @@
+"""An interpreter for the part of the pickle language that checkpoints need, and for nothing else.
+
+The language is the one that the standard library's pickletools documents. Here a name in the file is only ever looked
+up in a table given by the caller; it is never imported, and every count and length is bounded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from unimed_jax.convert.mapped import shown
+from unimed_jax.errors import DataError
+
+MAX_STEPS = 2_000_000  # instructions; a checkpoint of 2000 tensors with its optimizer has about 80 000
+MAX_TEXT = 2**20  # bytes of one string
+MAX_INT = 32  # bytes of one integer
+MAX_NAME = 512  # bytes of a module's or class's name
+MAX_DEPTH = 64  # of nested containers
+MAX_VALUES = 2_000_000  # in the result, shared ones counted each time
+_REMEDY = "get the weights as a plain state dict or as safetensors from a source that you trust"
+
+
+class Known:
+    """A name that the file may use.
+
+    Args:
+        name: as in the file, "module.name".
+        call: what applying it to arguments gives; None when it is only ever an argument itself.
+        new: gives an attribute table when an object is made of it.
+    """
+
+    __slots__ = ("call", "name", "new")
+
+    def __init__(self, name: str, call: Callable[[tuple], Any] | None = None, *, new: bool = False):
+        self.name, self.call, self.new = name, call, new
+
+
+class Invalid(Exception):
+    """Raised by `Known.call` and by `persistent` for arguments that make no sense; the words say why."""
+
+
+def load(
+    data: bytes,
+    where: str,
+    find: Callable[[str], Any],
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The value that a pickle describes: dicts, lists, tuples, plain values and what `find`'s names make.
+
+    Args:
+        data: the whole pickle.
+        where: what to call it in a refusal.
+        find: value for "module.name", a `Known` or a plain value; None refuses the name.
+        persistent: value for a persistent id.
+
+    Raises:
+        DataError: for a name outside the table, an instruction that is not needed, a limit passed, or damage.
+    """
+    machine = _Machine(data, where, find, persistent)
+    try:
+        machine.run()
+    except Invalid as e:
+        machine.fail(str(e))
+    _check_plain(machine.result, machine)
+    return machine.result
+
+
+class _Machine:
+    def __init__(self, data: bytes, where: str, find, persistent):
+        self.data, self.where, self.find, self.persistent = data, where, find, persistent
+        self.at = 0
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.objects: dict[
+            int, dict
+        ] = {}  # attribute tables by identity; holding them keeps the identities valid
+        self.done = False
+        self.result: Any = None
+
+    def fail(self, why: str) -> NoReturn:
+        raise DataError(f"{self.where} is no readable checkpoint: {why} (byte {self.at})", _REMEDY)
+
+    def forbid(self, name: str) -> NoReturn:
+        raise DataError(f"{self.where} contains {_bare(name)}; not executed", _REMEDY)
+
+    def run(self) -> None:
+        data, steps = self.data, 0
+        while not self.done:
+            steps += 1
+            if steps > MAX_STEPS:
+                self.fail(f"it has more than {MAX_STEPS} instructions")
+            if self.at >= len(data):
+                self.fail("it is cut short")
+            code = data[self.at]
+            self.at += 1
+            handler = _OPS.get(code)
+            if handler is None:
+                self.fail(f"instruction {_REFUSED.get(code, hex(code))} is not supported; not executed")
+            handler(self)
+        if self.at != len(data):
+            self.fail("bytes follow its end")
+
+    def take(self, n: int) -> bytes:
+        if n > len(self.data) - self.at:
+            self.fail("it is cut short")
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def number(self, form: str) -> Any:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def line(self) -> str:
+        end = self.data.find(b"\n", self.at, self.at + MAX_NAME + 1)
+        if end < 0:
+            self.fail("a name has no end")
+        raw = self.data[self.at : end]
+        self.at = end + 1
+        return self.decode(raw)
+
+    def decode(self, raw: bytes, encoding: str = "utf-8") -> str:
+        try:
+            return raw.decode(encoding)
+        except UnicodeDecodeError:
+            self.fail("a text is not UTF-8")
+
+    def text(self, n: int) -> bytes:
+        if n > MAX_TEXT:
+            self.fail(f"a text of {n} bytes is over the limit of {MAX_TEXT}")
+        return self.take(n)
+
+    def pop(self) -> Any:
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            self.fail("a value is missing")
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            self.fail("a value is missing")
+        return self.stack[-1]
+
+    def pop_mark(self) -> list[Any]:
+        if not self.marks:
+            self.fail("a mark is missing")
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+    def lookup(self, name: str) -> None:
+        value = self.find(name)
+        if value is None:
+            self.forbid(name)
+        self.stack.append(value)
+
+
+def _bare(name: str) -> str:
+    """A name as it is when it looks like one."""
+    plain = len(name) <= 100 and all(part.isidentifier() for part in name.split("."))
+    return name if plain else shown(name)
+
+
+# One function per instruction: pickletools' names, in its groups.
+
+
+def _proto(m: _Machine) -> None:
+    if not 2 <= m.number("<B") <= 5:
+        m.fail("its protocol is none of 2 to 5")
+
+
+def _frame(m: _Machine) -> None:
+    if m.number("<Q") > len(m.data) - m.at:
+        m.fail("a frame is cut short")
+
+
+def _stop(m: _Machine) -> None:
+    m.result, m.done = m.pop(), True
+    if m.stack or m.marks:
+        m.fail("values are left over")
+
+
+def _mark(m: _Machine) -> None:
+    m.marks.append(len(m.stack))
+
+
+def _pop(m: _Machine) -> None:
+    m.pop()
+
+
+def _long(form: str) -> Callable[[_Machine], None]:
+    def op(m: _Machine) -> None:
+        n = m.number(form)
+        if not 0 <= n <= MAX_INT:
+            m.fail(f"an integer of {n} bytes is over the limit of {MAX_INT}")
+        m.stack.append(int.from_bytes(m.take(n), "little", signed=True))
+
+    return op
+
+
+def _constant(value: Any) -> Callable[[_Machine], None]:
+    return lambda m: m.stack.append(value)
+
+
+def _fixed(form: str) -> Callable[[_Machine], None]:
+    return lambda m: m.stack.append(m.number(form))
+
+
+def _text(form: str, encoding: str) -> Callable[[_Machine], None]:
+    def op(m: _Machine) -> None:
+        n = m.number(form)
+        if n < 0:
+            m.fail("a text has a negative length")
+        raw = m.text(n)
+        m.stack.append(m.decode(raw, encoding) if encoding else raw)
+
+    return op
+
+
+def _tuple(n: int) -> Callable[[_Machine], None]:
+    def op(m: _Machine) -> None:
+        m.stack.append(tuple([m.pop() for _ in range(n)][::-1]))
+
+    return op
+
+
+def _put(form: str) -> Callable[[_Machine], None]:
+    def op(m: _Machine) -> None:
+        m.memo[m.number(form)] = m.top()
+
+    return op
+
+
+def _memoize(m: _Machine) -> None:
+    m.memo[len(m.memo)] = m.top()
+
+
+def _get(form: str) -> Callable[[_Machine], None]:
+    def op(m: _Machine) -> None:
+        index = m.number(form)
+        if index not in m.memo:
+            m.fail(f"value {index} is not there yet")
+        m.stack.append(m.memo[index])
+
+    return op
+
+
+def _append(m: _Machine) -> None:
+    _extend(m, [m.pop()])
+
+
+def _extend(m: _Machine, values: list[Any]) -> None:
+    target = m.top()
+    if type(target) is not list:
+        m.fail("values are appended to what is no list")
+    target.extend(values)
+
+
+def set_items(target: Any, flat: list[Any]) -> None:
+    """Puts keys and values, which alternate, into a dict.
+
+    Raises:
+        Invalid: for no dict, or a key that is no plain value or is there already.
+    """
+    if type(target) is not dict or len(flat) % 2:
+        raise Invalid("keys and values are put into what is no dict")
+    for key, value in zip(flat[::2], flat[1::2], strict=True):
+        if type(key) not in _KEYS:
+            raise Invalid(f"a {type(key).__name__} as a key")
+        if key in target:
+            raise Invalid(f"it holds the key {shown(key)} twice")
+        target[key] = value
+
+
+def _setitem(m: _Machine) -> None:
+    value, key = m.pop(), m.pop()
+    set_items(m.top(), [key, value])
+
+
+def _setitems(m: _Machine) -> None:
+    flat = m.pop_mark()
+    set_items(m.top(), flat)
+
+
+def _appends(m: _Machine) -> None:
+    values = m.pop_mark()
+    _extend(m, values)
+
+
+def _global(m: _Machine) -> None:
+    m.lookup(f"{m.line()}.{m.line()}")
+
+
+def _stack_global(m: _Machine) -> None:
+    name, module = m.pop(), m.pop()
+    if not isinstance(name, str) or not isinstance(module, str) or len(name) + len(module) > MAX_NAME:
+        m.fail("a name is no text")
+    m.lookup(f"{module}.{name}")
+
+
+def _inst(m: _Machine) -> None:
+    m.forbid(f"{m.line()}.{m.line()}")
+
+
+def _reduce(m: _Machine) -> None:
+    args, known = m.pop(), m.pop()
+    if not isinstance(known, Known) or known.call is None or not isinstance(args, tuple):
+        m.fail(
+            f"it applies {known.name if isinstance(known, Known) else 'what is no function'}; not executed"
+        )
+    m.stack.append(known.call(args))
+
+
+def _newobj(m: _Machine) -> None:
+    args, known = m.pop(), m.pop()
+    if not isinstance(known, Known) or not known.new or args != ():
+        m.fail(
+            f"it makes an object of {known.name if isinstance(known, Known) else 'no class'}; not executed"
+        )
+    made: dict[str, Any] = {}
+    m.objects[id(made)] = made
+    m.stack.append(made)
+
+
+def _build(m: _Machine) -> None:
+    state, target = m.pop(), m.top()
+    if isinstance(target, Shell):
+        target.build(state)
+    elif id(target) in m.objects:
+        if type(state) is not dict:
+            m.fail("an object has no table of attributes")
+        set_items(target, [x for pair in state.items() for x in pair])
+    elif type(target) is not dict:  # a dict's state is the version table of an OrderedDict: not needed
+        m.fail("a state is given to what has none")
+
+
+def _persistent(m: _Machine) -> None:
+    if m.persistent is None:
+        m.fail("it refers to a storage")
+    m.stack.append(m.persistent(m.pop()))
+
+
+class Shell:
+    """A value that takes its state in a second instruction, and is never part of the result."""
+
+    def build(self, state: Any) -> None:
+        """Takes the state.
+
+        Raises:
+            Invalid: when it makes no sense.
+        """
+        raise NotImplementedError
+
+
+_OPS: Mapping[int, Callable[[_Machine], None]] = {
+    code[0]: op
+    for code, op in {
+        b"\x80": _proto, b"\x95": _frame, b".": _stop, b"(": _mark, b"0": _pop, b"1": _Machine.pop_mark,
+        b"N": _constant(None), b"\x88": _constant(True), b"\x89": _constant(False),
+        b"J": _fixed("<i"), b"K": _fixed("<B"), b"M": _fixed("<H"), b"G": _fixed(">d"),
+        b"\x8a": _long("<B"), b"\x8b": _long("<i"),
+        b"X": _text("<I", "utf-8"), b"\x8c": _text("<B", "utf-8"), b"\x8d": _text("<Q", "utf-8"),
+        b"U": _text("<B", "latin-1"), b"T": _text("<i", "latin-1"),  # text of Python 2
+        b"C": _text("<B", ""), b"B": _text("<I", ""), b"\x8e": _text("<Q", ""),
+        b")": _constant(()), b"t": lambda m: m.stack.append(tuple(m.pop_mark())),
+        b"\x85": _tuple(1), b"\x86": _tuple(2), b"\x87": _tuple(3),
+        b"]": lambda m: m.stack.append([]), b"a": _append, b"e": _appends,
+        b"}": lambda m: m.stack.append({}), b"s": _setitem, b"u": _setitems,
+        b"q": _put("<B"), b"r": _put("<I"), b"\x94": _memoize, b"h": _get("<B"), b"j": _get("<I"),
+        b"c": _global, b"\x93": _stack_global, b"i": _inst,
+        b"R": _reduce, b"\x81": _newobj, b"b": _build, b"Q": _persistent,
+    }.items()
+}  # fmt: skip
+_REFUSED = {
+    code[0]: name
+    for code, name in {
+        b"I": "INT", b"L": "LONG", b"F": "FLOAT", b"S": "STRING", b"V": "UNICODE", b"P": "PERSID", b"o": "OBJ",
+        b"\x92": "NEWOBJ_EX", b"\x82": "EXT1", b"\x83": "EXT2", b"\x84": "EXT4", b"2": "DUP", b"l": "LIST",
+        b"d": "DICT", b"p": "PUT", b"g": "GET", b"\x8f": "EMPTY_SET", b"\x90": "ADDITEMS",
+        b"\x91": "FROZENSET", b"\x96": "BYTEARRAY8", b"\x97": "NEXT_BUFFER", b"\x98": "READONLY_BUFFER",
+    }.items()
+}  # fmt: skip
+_KEYS = {str, int, float, bool, type(None)}  # others can be costly to hash
+_LEAVES = _KEYS | {bytes, np.ndarray}
+
+
+def _check_plain(value: Any, m: _Machine) -> None:
+    """Refuses what is not plain, holds itself, is nested deeply, or is large once shared parts are written out."""
+    sizes: dict[int, int] = {}
+    open_now: set[int] = set()
+
+    def size(value: Any, depth: int) -> int:
+        kind = type(value)
+        if kind in _LEAVES:
+            return 1
+        if kind not in (dict, list, tuple):
+            m.fail(f"it holds {getattr(value, 'name', kind.__name__)} as a value")
+        if id(value) in sizes:
+            return sizes[id(value)]
+        if id(value) in open_now:
+            m.fail("a value holds itself")
+        if depth > MAX_DEPTH:
+            m.fail(f"it is nested more than {MAX_DEPTH} deep")
+        open_now.add(id(value))
+        n = 1 + sum(size(v, depth + 1) for v in (value.values() if kind is dict else value))
+        open_now.discard(id(value))
+        if n > MAX_VALUES:
+            m.fail(f"it has more than {MAX_VALUES} values")
+        sizes[id(value)] = n
+        return n
+
+    size(value, 0)

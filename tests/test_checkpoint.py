@@ -83,31 +83,82 @@ def test_params_only(tmp_path):
         checkpoint.load_params(tmp_path / "nothing")
 
 
-def _data_files(step: Path) -> list[Path]:
-    return [p for p in step.rglob("d/*") if p.is_file() and p.stat().st_size]
+FLIPS = 320
 
 
-def test_flipped_bits_never_pass(tmp_path):
-    states = save_steps(tmp_path / "good", [1, 2], width=1024)
-    wanted, rng, noticed = abstract(states[2]), random.Random(0), 0
-    for trial in range(20):
-        folder = tmp_path / f"t{trial}"
-        shutil.copytree(tmp_path / "good", folder)
-        files = sorted(_data_files(folder / "2"))
-        file = rng.choices(files, weights=[f.stat().st_size for f in files])[0]
-        data = bytearray(file.read_bytes())
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        file.write_bytes(data)
-        with Checkpointer(folder) as saved:
-            state, meta = saved.restore(wanted)
-            if meta["step"] == 1:  # the step that was damaged can be saved again
-                saved.save(2, states[2], {})
-                saved.wait()
-                assert saved.steps() == [1, 2]
-        assert_same(state, states[meta["step"]])  # whatever comes back is right
-        noticed += meta["step"] == 1
-        assert ((folder / "damaged" / "2").is_dir()) == (meta["step"] == 1)
-    assert noticed >= 10  # the others hit padding or a copy that nobody reads
+# Reads that Orbax had begun beside the one that failed end on a closed loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_flipped_bit_of_any_file_passes(tmp_path, capsys):
+    """A dozen bits of each file of a step: each is noticed and named, or what comes back is as it was saved."""
+    states = {s: make_state(s, 64, ema=False) for s in (1, 2)}
+    for s, state in states.items():  # moments as after some steps, not zeros, which are stored in no bytes
+        state["opt"] = jax.tree.map(
+            lambda x, k=s: x + k if x.ndim == 0 else jax.random.normal(jax.random.key(k), x.shape),
+            state["opt"],
+        )
+    with Checkpointer(tmp_path) as saved:
+        for s, state in states.items():
+            saved.save(s, state, {"config": {"seed": s}})
+        saved.wait()
+        step, wanted, rng = tmp_path / "2", abstract(states[2]), random.Random(0)
+        good = saved.restore_step(2, wanted)[1]
+        files = sorted(p for p in step.rglob("*") if p.is_file())
+        assert {p.relative_to(step).parts[0] for p in files} > {"params", "opt", "meta"}
+        noticed: dict[str, list[str]] = {}
+        for i in range(FLIPS):
+            file = files[i % len(files)]
+            data = file.read_bytes()
+            place = rng.randrange(len(data) * 8)
+            bad = bytearray(data)
+            bad[place // 8] ^= 1 << place % 8
+            file.write_bytes(bad)
+            name = str(file.relative_to(step))
+            try:
+                state, meta = saved.restore_step(2, wanted)
+            except checkpoint.Damaged as e:
+                noticed.setdefault(name, []).append(e.cause)
+                if len(noticed[name]) == 1:
+                    _falls_back(saved, wanted, states[1], capsys)
+            else:
+                assert_same(state, states[2])
+                assert meta == good
+            file.write_bytes(data)
+        assert_same(saved.restore_step(2, wanted)[0], states[2])
+    causes = [cause for found in noticed.values() for cause in found]
+    assert len(noticed["meta/metadata"]) == sum(
+        files[i % len(files)].name == "metadata" for i in range(FLIPS)
+    )
+    assert all(f"checkpoint {step}" in c for c in causes)
+    leaves = [c for c in causes if "are not what was saved: " in c]
+    assert {c.rsplit("(", 1)[1].split(")")[0] for c in leaves} == {"params", "opt"}
+    assert all(
+        c.rsplit(": ", 1)[1].split(", ")[0] in good["leaves"]["params"] | good["leaves"]["opt"]
+        for c in leaves
+    )
+    assert len(causes) > FLIPS / 3  # the others hit padding, or files that a restore does not read
+
+
+def _falls_back(saved: Checkpointer, wanted: dict, older: dict, capsys) -> None:
+    """A restore moves the damaged step 2 aside and takes step 1; then everything is put back."""
+    capsys.readouterr()
+    state, meta = saved.restore(wanted)
+    assert meta["step"] == 1
+    assert_same(state, older)
+    assert "trying an older step" in capsys.readouterr().err
+    assert saved.steps() == [1]
+    os.replace(saved.folder / "damaged" / "2", saved.folder / "2")
+
+
+def test_a_damaged_step_can_be_saved_again(tmp_path):
+    states = save_steps(tmp_path, [1, 2])
+    (tmp_path / "2" / "meta" / "metadata").write_bytes(b"{}")
+    with Checkpointer(tmp_path) as saved:
+        assert saved.restore(abstract(states[2]))[1]["step"] == 1
+        saved.save(2, states[2], {})
+        saved.wait()
+        assert saved.steps() == [1, 2]
+        assert_same(saved.restore(abstract(states[2]))[0], states[2])
+    assert (tmp_path / "damaged" / "2").is_dir()
 
 
 def test_flipped_value_is_named_and_all_damaged_is_refused(tmp_path, monkeypatch):

@@ -10,11 +10,14 @@ to be on the disk (files are synced first).
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -420,14 +423,27 @@ def _read_items(step_folder: Path, items: dict[str, Any]) -> dict[str, Any]:
     Raises:
         Damaged: for anything Orbax finds wrong.
     """
-    out = {}
+    out, damage = {}, ""
     for name, tree in items.items():
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
                 out[name] = reader.restore(step_folder / name, args=ocp.args.StandardRestore(tree))  # type: ignore[call-arg]
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
-            raise Damaged(f"checkpoint {step_folder} ({name}) cannot be read: {_reason(e)}") from e
+            damage = f"checkpoint {step_folder} ({name}) cannot be read: {_reason(e)}"
+        if damage:  # here, where nothing holds the exception any more
+            _forget_quietly()
+            raise Damaged(damage)
     return out
+
+
+def _forget_quietly() -> None:
+    """Frees the reads that Orbax began beside one that failed; each would print pages when Python frees it later."""
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    before, log.disabled, sys.unraisablehook = log.disabled, True, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        log.disabled, sys.unraisablehook = before, hook
 
 
 def _verify(tree: Any, saved: dict[str, str], where: str) -> None:

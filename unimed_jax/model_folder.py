@@ -1,7 +1,8 @@
 """Model folders on disk: written whole or not at all, read strictly; and training runs read in their place.
 
 A model folder describes itself: `config.json` (architecture, preprocessing, digests), `model.safetensors` (keys are
-parameter paths joined by "/") and `tokenizer.json`.
+parameter paths joined by "/"), `tokenizer.json` (absent when the weights came without one: then only images can be
+encoded) and `README.md`, the model card. Files and folders of other libraries are read in its place, too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 
 from unimed_jax import __version__, config
+from unimed_jax.convert import card
 from unimed_jax.convert.hf import read_with_metadata
 from unimed_jax.data.images import NORMALIZE
 from unimed_jax.data.text import Tokenizer
@@ -26,41 +28,80 @@ from unimed_jax.models import clip, zoo
 from unimed_jax.train import checkpoint
 
 FORMAT, VERSION = "unimed_jax.model", 1
-WEIGHTS, TOKENIZER, CONFIG = "model.safetensors", "tokenizer.json", "config.json"
-_MAX_HEADER = 100 * 2**20  # bytes of a safetensors header
-Parts = tuple[config.Model, clip.Params, Tokenizer]
+WEIGHTS, TOKENIZER, CONFIG, CARD = "model.safetensors", "tokenizer.json", "config.json", "README.md"
+NO_TOKENIZER = "add the model's own: unimed-jax convert MODEL NEW --tokenizer DIR|FILE"
+Parts = tuple[config.Model, clip.Params, Tokenizer | None]
 
 
-def read(path: str | Path) -> Parts:
-    """Architecture, weights and tokenizer of a model folder or a training run.
+def read(path: str | Path, *, ema: bool | None = None) -> Parts:
+    """Architecture, weights and tokenizer of a model folder, a training run, or another library's file or folder.
 
     A run gives its `model` folder, else its newest checkpoint; `RUN@STEP` gives one checkpoint.
 
+    Args:
+        path: the folder or file.
+        ema: of a run, the averaged weights (True) or the plain ones (False) of its newest checkpoint.
+
     Raises:
-        UsageError: when there is no such folder.
+        UsageError: when there is no such folder, or a file's architecture cannot be told from its names and shapes.
         DataError: for missing, unexpected, mis-shaped or non-finite weights, a tokenizer that is not the model's, or a
             damaged file; everything that is wrong is listed.
     """
     text, _, step = str(path).rpartition("@")
     if text and step.isdigit() and not Path(path).exists():
-        return _from_run(Path(text), int(step))
-    if (Path(path) / CONFIG).is_file() and (Path(path) / WEIGHTS).is_file():
+        return _from_run(Path(text), int(step), ema)
+    if _is_folder(Path(path)):
         return _from_folder(Path(path))
-    if (Path(path) / "model" / WEIGHTS).is_file():
+    if ema is None and _is_folder(Path(path) / "model"):
         return _from_folder(Path(path) / "model")
+    if is_foreign(path):
+        return _from_elsewhere(Path(path))
     if Path(path).is_dir():
-        return _from_run(Path(path), None)
+        return _from_run(Path(path), None, ema)
     raise _no_model(str(path))
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one of our model folders, complete or not: told by what its config.json says."""
+    if not (path / WEIGHTS).is_file():
+        return False
+    try:
+        return str(json.loads((path / CONFIG).read_text("utf-8")).get("format", "")).startswith("unimed_jax.")
+    except (OSError, ValueError, AttributeError):
+        return (path / TOKENIZER).is_file() and not (path / "tokenizer_config.json").is_file()
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether a path is a weight file, or a folder, of another library; neither a model folder of ours nor a run."""
+    path = Path(path)
+    if path.is_file():
+        return True
+    names = (
+        "open_clip_config.json",
+        "pytorch_model.bin",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    )
+    return not _is_folder(path) and any((path / name).is_file() for name in names)
+
+
+def _from_elsewhere(path: Path) -> Parts:
+    from unimed_jax.convert import source  # only here: a model folder of ours needs no converter
+
+    found = source.open_source(path)
+    if missing := [tower for tower in ("vision", "text") if tower not in found.towers]:
+        raise UsageError(
+            f"{path} holds no {missing[0]} tower, so it is no model by itself",
+            f"start a training from it: --config.init.{found.towers[0]}={path}",
+        )
+    tokenizer = Tokenizer(found.tokenizer) if found.tokenizer else None
+    return found.model, found.params(), tokenizer
 
 
 def _no_model(path: str) -> UsageError:
     if path in zoo.MODELS:
         return UsageError(
             f"{path!r} names an architecture, not weights", "give a model folder or a run folder"
-        )
-    if Path(path).is_file():
-        return UsageError(
-            f"{path} is a file, not a model folder", "give the folder, or convert the file first"
         )
     return UsageError(f"no model folder or run at {path!r}.{did_you_mean(path, zoo.MODELS)}", "give a folder")
 
@@ -81,22 +122,23 @@ def _read_config(folder: Path) -> tuple[config.Model, str]:
         )
     try:
         cfg = config.from_dict(config.Model, spec.get("model", {}), where=f"{folder / CONFIG}: model")
-        return config.validate_model(cfg), str(spec.get("tokenizer", {}).get("digest", ""))
+        return config.validate_model(cfg), str((spec.get("tokenizer") or {}).get("digest", ""))
     except UsageError as e:  # the folder is wrong, not the request
         raise DataError(e.cause, e.remedy or "restore the folder, or update the program") from e
 
 
 def _from_folder(folder: Path) -> Parts:
     cfg, digest = _read_config(folder)
-    _refuse_duplicates(folder / WEIGHTS)
     leaves, _ = read_with_metadata(folder / WEIGHTS)
     check(leaves, cfg, str(folder / WEIGHTS))
-    return cfg, clip.unflatten(leaves), _open_tokenizer(folder / TOKENIZER, cfg, digest, folder)
+    if not digest and not (folder / TOKENIZER).is_file():
+        return cfg, clip.unflatten(leaves), None
+    return cfg, clip.unflatten(leaves), open_tokenizer(folder / TOKENIZER, cfg, digest, folder)
 
 
-def _from_run(folder: Path, step: int | None) -> Parts:
+def _from_run(folder: Path, step: int | None, ema: bool | None) -> Parts:
     try:
-        params, meta = checkpoint.load_params(folder, step=step)
+        params, meta = checkpoint.load_params(folder, step=step, ema=ema)
     except DataError as e:
         raise DataError(
             f"{folder} holds neither a model nor a run: {e.cause}", "give a model or run folder"
@@ -109,7 +151,7 @@ def _from_run(folder: Path, step: int | None) -> Parts:
         raise DataError(f"{folder} holds no tokenizer", f"copy the run's tokenizer to {folder / TOKENIZER}")
     saved = meta.get("tokenizer", "")
     digest = str(saved.get("digest", "") if isinstance(saved, dict) else saved or "")
-    return run.model, params, _open_tokenizer(found, run.model, digest, folder)
+    return run.model, params, open_tokenizer(found, run.model, digest, folder)
 
 
 def read_tokenizer(path: str | Path) -> tuple[Tokenizer, int]:
@@ -122,8 +164,10 @@ def read_tokenizer(path: str | Path) -> tuple[Tokenizer, int]:
     for folder in (Path(path), Path(path) / "model"):
         if (folder / CONFIG).is_file() and (folder / TOKENIZER).is_file():
             cfg, digest = _read_config(folder)
-            return _open_tokenizer(folder / TOKENIZER, cfg, digest, folder), cfg.text.context_length
+            return open_tokenizer(folder / TOKENIZER, cfg, digest, folder), cfg.text.context_length
     cfg, _, tokenizer = read(path)
+    if tokenizer is None:
+        raise DataError(f"{path} holds no tokenizer", NO_TOKENIZER)
     return tokenizer, cfg.text.context_length
 
 
@@ -139,7 +183,7 @@ def verify(path: str | Path) -> None:
         _read_config(folder)
         spec = json.loads((folder / CONFIG).read_text("utf-8"))
         for name, part in ((WEIGHTS, "weights"), (TOKENIZER, "tokenizer")):
-            wanted = spec.get(part, {}).get("sha256", "")
+            wanted = (spec.get(part) or {}).get("sha256", "")
             if wanted and (folder / name).is_file() and file_sha256(folder / name) != wanted:
                 raise DataError(f"{folder / name} has changed since it was saved", "copy the folder again")
 
@@ -174,22 +218,18 @@ def check(leaves: Mapping[str, np.ndarray], cfg: config.Model, where: str) -> No
         )
 
 
-def _refuse_duplicates(file: Path) -> None:
-    """The format forbids equal keys, its reader accepts them."""
-    with file.open("rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = f.read(size) if size <= _MAX_HEADER else b""
-    try:
-        pairs = json.loads(header, object_pairs_hook=lambda pairs: pairs)
-    except (ValueError, RecursionError):
-        return  # the reader says what is wrong
-    names = [k for k, _ in pairs]
-    twice = sorted({k for k in names if names.count(k) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise DataError(f"{file} holds {twice[0]!r} twice", "save it again")
+def open_tokenizer(path: Path, cfg: config.Model, digest: str = "", where: Path | str = "") -> Tokenizer:
+    """A tokenizer that fits a model.
 
+    Args:
+        path: its file or folder.
+        cfg: the model.
+        digest: that it must have; "" for any.
+        where: the model, for messages.
 
-def _open_tokenizer(path: Path, cfg: config.Model, digest: str, where: Path) -> Tokenizer:
+    Raises:
+        DataError: when it is another one, has more words than the model, or is of another kind or padding.
+    """
     tokenizer = Tokenizer(path)
     if digest and tokenizer.digest != digest:
         raise DataError(
@@ -199,6 +239,12 @@ def _open_tokenizer(path: Path, cfg: config.Model, digest: str, where: Path) -> 
     if tokenizer.vocab_size > cfg.text.vocab_size:
         raise DataError(
             f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {cfg.text.vocab_size}",
+            "use the model's own tokenizer",
+        )
+    if tokenizer.kind != cfg.text.kind or (tokenizer.kind == "bert" and tokenizer.pad_id != cfg.text.pad_id):
+        raise DataError(
+            f"{tokenizer.path} is a {tokenizer.kind} tokenizer with padding {tokenizer.pad_id}, the model's text tower is "
+            f"{cfg.text.kind} with padding {cfg.text.pad_id}",
             "use the model's own tokenizer",
         )
     return tokenizer
@@ -212,6 +258,8 @@ def save(
     *,
     force: bool = False,
     extra: Mapping[str, Any] | None = None,
+    readme: str = "",
+    more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes a model folder beside its place and then renames it: it is there whole, or not at all.
 
@@ -219,24 +267,25 @@ def save(
         folder: target.
         cfg: the architecture.
         params: nested dict, numpy or jax arrays.
-        tokenizer: goes into the folder.
+        tokenizer: goes into the folder; None leaves a model for images only, which says so.
         force: replace an existing model folder.
         extra: JSON values for config.json, e.g. the step and the run that the weights come from.
+        readme: the model card; default: one made of `extra`.
+        more: writes further files into the folder before it appears.
 
     Raises:
-        UsageError: when the folder exists and `force` is not given, or there is no tokenizer.
+        UsageError: when the folder exists and `force` is not given.
         DataError: for weights that do not fit the architecture, and when the disk is full.
     """
     from safetensors.numpy import save_file
 
     folder = Path(folder)
-    if tokenizer is None:
-        raise UsageError(f"model {cfg.name} has no tokenizer to save", "build it with one")
     if folder.exists() and not force:
         raise UsageError(f"{folder} exists", "choose another folder, or pass force to replace it")
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} exists and is no model folder", "choose another folder")
-    leaves = {k: np.array(to_host(v), np.float32, order="C") for k, v in clip.flatten(params).items()}
+    # Not copied where they are float32 in C order already: the weights are in memory once.
+    leaves = {k: np.asarray(to_host(v), np.float32, order="C") for k, v in clip.flatten(params).items()}
     check(leaves, cfg, str(folder))
     if jax.process_index() != 0:
         return folder
@@ -244,9 +293,13 @@ def save(
     try:
         beside.mkdir(parents=True)
         save_file(leaves, str(beside / WEIGHTS), metadata={"format": FORMAT})
-        tokenizer.save(beside)
+        if tokenizer is not None:
+            tokenizer.save(beside)
         spec = {**_describe(cfg, tokenizer, beside), "extra": dict(extra or {})}
         (beside / CONFIG).write_text(json.dumps(spec, indent=2) + "\n", "utf-8")
+        (beside / CARD).write_text(readme or _card(cfg, tokenizer, extra or {}), "utf-8")
+        if more:
+            more(beside)
         if folder.exists():
             os.replace(folder, old)
         os.replace(beside, folder)
@@ -260,7 +313,12 @@ def save(
     return folder
 
 
-def _describe(cfg: config.Model, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+def _card(cfg: config.Model, tokenizer: Tokenizer | None, extra: Mapping[str, Any]) -> str:
+    origin = card.Origin(run=str(extra.get("run", "")), steps=int(extra.get("steps", 0)))
+    return card.card(cfg, "native", origin=origin, tokenizer=tokenizer is not None)
+
+
+def _describe(cfg: config.Model, tokenizer: Tokenizer | None, folder: Path) -> dict[str, Any]:
     mean, std = NORMALIZE[cfg.vision.normalize]
     sha = lambda name: file_sha256(folder / name)
     return {
@@ -274,7 +332,9 @@ def _describe(cfg: config.Model, tokenizer: Tokenizer, folder: Path) -> dict[str
             "mean": list(mean),
             "std": list(std),
         },
-        "tokenizer": {"file": TOKENIZER, "digest": tokenizer.digest, "sha256": sha(TOKENIZER)},
+        "tokenizer": None
+        if tokenizer is None
+        else {"file": TOKENIZER, "digest": tokenizer.digest, "sha256": sha(TOKENIZER)},
         "weights": {"file": WEIGHTS, "sha256": sha(WEIGHTS)},
         "use": "research only, not a medical device",
     }

@@ -12,6 +12,7 @@ import numpy as np
 
 from unimed_jax import config
 from unimed_jax.convert import tables
+from unimed_jax.convert.tensor_file import open_safetensors
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
 
@@ -33,19 +34,12 @@ def read_with_metadata(path: str | Path) -> tuple[dict[str, np.ndarray], dict[st
     Raises:
         DataError: as `read_safetensors`.
     """
-    import ml_dtypes  # noqa: F401  registers bfloat16 with numpy; comes with jax
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise DataError(f"{path} does not exist")
-    try:
-        with safe_open(str(path), framework="numpy") as f:
-            state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  not a dict
-            meta = dict(f.metadata() or {})
-    except (SafetensorError, OSError, ValueError, TypeError) as e:
-        raise DataError(f"{path} is no complete safetensors file: {e}", "download or save it again") from e
+    mapped = open_safetensors(path)
     halves = ("float16", "bfloat16")
-    return {k: v.astype(np.float32) if v.dtype.name in halves else v for k, v in state.items()}, meta
+    # Copies: whoever holds them outlives the file, which may be cut or overwritten in place.
+    state = {k: np.array(v, np.float32 if v.dtype.name in halves else v.dtype) for k, v in mapped.items()}
+    mapped.release()
+    return state, mapped.metadata
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ ROWS = [
     ["quickstart"],
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
     ["evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
-    ["infer", "model_folder"],
+    ["infer", "model_folder", "hub"],
     ["train.checkpoint", "train.assemble", "convert"],
     ["models", "parallel", "train"],
     ["data.pipeline"],

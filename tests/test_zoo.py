@@ -18,7 +18,12 @@ from unimed_jax.models import clip, flops, zoo
         ("unimed-clip-vit-b16", 195_903_489),
         ("unimed-clip-vit-l14-336", 414_365_185),
         ("unimed-clip-vit-l14-336-large-text", 639_991_809),
-        ("clip-vit-b16", 149_620_737),
+        ("openai-b16", 149_620_737),
+        ("openai-b32", 151_277_313),
+        ("openai-l14", 427_616_513),
+        ("openai-l14-336", 427_944_193),
+        ("metaclip-b16-400m", 149_620_737),
+        ("biomedclip", 195_902_721),
     ],
 )
 def test_published_parameter_counts(name, parameters):

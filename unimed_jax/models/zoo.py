@@ -1,32 +1,43 @@
-"""Named models: architecture and preprocessing; weights are separate."""
+"""Named models: architecture and preprocessing; where published weights come from is in models/origins.py."""
 
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 
 from unimed_jax.config import Model, Text, Vision
 from unimed_jax.errors import UsageError, did_you_mean
+from unimed_jax.models.origins import ORIGINS
 
 _B32 = Vision(patch_size=32)
 _B16 = Vision(patch_size=16)
 _L14 = Vision(patch_size=14, width=1024, depth=24, heads=16, mlp_dim=4096)
 _L14_336 = Vision(image_size=336, patch_size=14, width=1024, depth=24, heads=16, mlp_dim=4096)
 _BERT_LARGE = Text(width=1024, depth=24, heads=16, mlp_dim=4096)
-_CLIP_TEXT = Text(
-    kind="clip",
-    vocab_size=49408,
-    context_length=77,
-    max_positions=77,
-    width=512,
-    depth=12,
-    heads=8,
-    mlp_dim=2048,
-    act="quick_gelu",
-    ln_eps=1e-5,
-    dropout=0.0,
-    pool="eot",
-    proj="linear",
-)
+
+
+def _clip_text(width: int, heads: int) -> Text:
+    return Text(
+        kind="clip",
+        vocab_size=49408,
+        context_length=77,
+        max_positions=77,
+        width=width,
+        depth=12,
+        heads=heads,
+        mlp_dim=4 * width,
+        act="quick_gelu",
+        ln_eps=1e-5,
+        dropout=0.0,
+        pool="eot",
+        proj="linear",
+    )
+
+
+_CLIP_TEXT, _CLIP_TEXT_L = _clip_text(512, 8), _clip_text(768, 12)
+# timm's ViT-B/16 as BiomedCLIP uses it.
+_TIMM_B16 = Vision(act="gelu", ln_pre=False, ln_eps=1e-6, patch_bias=True)
 # DINOv2 (Oquab et al. 2023) with its LayerScale folded away is a plain pre-norm ViT without ln_pre.
 _DINOV2_S14 = Vision(
     patch_size=14,
@@ -48,7 +59,15 @@ _MODELS = (
     Model(name="unimed-clip-vit-l14", embed_dim=768, vision=_L14),
     Model(name="unimed-clip-vit-l14-336", embed_dim=768, vision=_L14_336),
     Model(name="unimed-clip-vit-l14-336-large-text", embed_dim=768, vision=_L14_336, text=_BERT_LARGE),
-    Model(name="clip-vit-b16", vision=_B16, text=_CLIP_TEXT),
+    Model(name="biomedclip", vision=_TIMM_B16),
+    # MetaCLIP took over OpenAI's architecture.
+    Model(name="metaclip-b32-400m", vision=_B32, text=_CLIP_TEXT),
+    Model(name="metaclip-b16-400m", vision=_B16, text=_CLIP_TEXT),
+    Model(name="metaclip-l14-400m", embed_dim=768, vision=_L14, text=_CLIP_TEXT_L),
+    Model(name="openai-b32", vision=_B32, text=_CLIP_TEXT),
+    Model(name="openai-b16", vision=_B16, text=_CLIP_TEXT),
+    Model(name="openai-l14", embed_dim=768, vision=_L14, text=_CLIP_TEXT_L),
+    Model(name="openai-l14-336", embed_dim=768, vision=_L14_336, text=_CLIP_TEXT_L),
     Model(name="dinov2-s14-minilm", embed_dim=256, dtype="float32", vision=_DINOV2_S14, text=_MINILM),
     Model(
         name="small",
@@ -92,3 +111,34 @@ def get(name: str) -> Model:
     if name not in MODELS:
         raise UsageError(f"no model {name!r}.{did_you_mean(name, MODELS)}", "unimed-jax models list")
     return copy.deepcopy(MODELS[name])
+
+
+def models_dir() -> Path:
+    """Where fetched models lie: `$UNIMED_JAX_MODELS`, else `models` in the cache folder."""
+    cache = os.environ.get("UNIMED_JAX_CACHE") or Path.home() / ".cache" / "unimed_jax"
+    return Path(os.environ.get("UNIMED_JAX_MODELS") or Path(cache) / "models").expanduser()
+
+
+def local(name: str) -> Path | None:
+    """The folder of a named model's weights on this machine; None for anything but a known name.
+
+    Raises:
+        UsageError: when they are not here, with the command that fetches them.
+
+    Example:
+        >>> local("some/folder") is None
+        True
+    """
+    if name not in MODELS or Path(name).exists():
+        return None
+    folder = models_dir() / name
+    if (folder / "config.json").is_file():
+        return folder
+    if name not in ORIGINS:
+        raise UsageError(
+            f"{name!r} names an architecture, not weights", "give a model folder or a run folder"
+        )
+    raise UsageError(
+        f"the weights of {name!r} are not on this machine ({folder} is no model folder)",
+        f"unimed-jax models fetch {name} --out {folder}",
+    )

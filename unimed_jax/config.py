@@ -214,11 +214,14 @@ class Checkpoint:
 
 @dataclass(kw_only=True, slots=True)
 class Init:
-    """Where the parameters start from; empty = at random. Files are native safetensors (docs/architecture.md)."""
+    """Where the parameters start from; empty = at random. Anything that `unimed-jax convert` reads will do."""
 
-    vision: str = ""
+    vision: str = ""  # file or folder that the vision tower comes from
     text: str = ""
-    model: str = ""  # a model folder; both towers and the logit scale
+    model: str = ""  # file or folder of a whole model: both towers and the logit scale
+    logit_scale: str = ""  # file or folder that the temperature comes from; empty = that of init.model, else fresh
+    resize: str = ""  # vision positions of another grid: "" refuse | bicubic (UniMed-CLIP) | antialias (OpenCLIP)
+    optimizer: bool = False  # also Adam's moments and the step of init.model: its run goes on here
 
 
 @dataclass(kw_only=True, slots=True)
@@ -258,6 +261,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss.kind": ("clip", "sigmoid"),
     "loss.impl": ("ring", "gathered"),
     "loss.dedup": ("off", "mask"),
+    "init.resize": ("", "bicubic", "antialias"),
 }
 
 # Least value, and the bound that a value stays below. NaN and infinity are in no range.
@@ -414,6 +418,12 @@ def validate(c: Train) -> Train:
         not c.data.features or c.model.text.dropout == 0 or not any(map(_freezes_text, o.freeze)),
         f"data.features with a frozen text tower and model.text.dropout {c.model.text.dropout}",
         "set model.text.dropout=0: features are computed once",
+    )
+    i = c.init
+    _require(
+        not i.optimizer or bool(i.model and not (i.vision or i.text or i.logit_scale)),
+        "init.optimizer needs init.model and none of init.vision, init.text, init.logit_scale",
+        "moments belong to all weights of one run",
     )
     for s in c.data.sources:
         _require(bool(s.name), "a source in data.sources has no name")

@@ -1,13 +1,17 @@
 """Our own weight files: safetensors whose keys are parameter paths; and starting a run from them.
 
-A tower file holds one or both towers ("vision/pos", ...); `config.Init.vision` and `.text` point to such files.
+A tower file holds one or both towers ("vision/pos", ...); `config.Init` names such files, model folders, or any
+other framework's.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import jax
 import numpy as np
 
 from unimed_jax import config
+from unimed_jax.convert import optimizer, positions, tensor_file
 from unimed_jax.convert.hf import read_json, read_with_metadata
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
@@ -65,71 +70,223 @@ def load_tower(file: str | Path) -> tuple[clip.Params, dict[str, Any]]:
     return clip.unflatten(leaves), json.loads(header.get("meta", "{}"))
 
 
+def names_weights(i: config.Init) -> bool:
+    """Whether anything but random numbers is asked for."""
+    return bool(i.model or i.vision or i.text or i.logit_scale)
+
+
 def init_from(
     cfg: config.Train, params: clip.Params, *, report: Callable[[str], None] | None = None
 ) -> clip.Params:
     """Overlays the weights that `cfg.init` names on initialised parameters; each leaf keeps its sharding.
 
-    `cfg.init.model` comes first, then the towers, so that a tower may replace that of a whole model. Only heads
-    (`*/proj/*`, `logit_scale`, `logit_bias`) may be absent from a file.
+    `cfg.init.model` comes first, then the towers, so that a tower may replace that of a whole model, then the
+    temperature. Each may be a native folder or file, or anything that `source.open_source` reads. Only heads
+    (`*/proj/*`, `logit_scale`, `logit_bias`) may be absent; vision positions of another grid are resized by the rule
+    `cfg.init.resize`, text positions never.
 
     Args:
         cfg: the experiment.
-        params: initialised parameters.
-        report: called once a leaf with "name shape: loaded from FILE" or "...: initialised".
+        params: initialised parameters, or abstract ones: then the files are read and compared, nothing is kept.
+        report: called once a leaf with "name shape: loaded from FILE", "...: resized from ... of FILE" or
+            "...: initialised", and once a tensor or part of a file that is left out, with the reason.
 
     Raises:
+        UsageError: when a file does not say what its weights compute, and the config's model cannot be it.
         DataError: when a file lacks a leaf, has one too many, one of another shape or a value that is not finite,
             or was made for another architecture.
     """
-    wanted = [(cfg.init.model, ("vision", "text", "logit_scale", "logit_bias"))]
-    wanted += [(cfg.init.vision, ("vision",)), (cfg.init.text, ("text",))]
-    leaves, origin = clip.flatten(params), {}
-    for file, parts in wanted:
-        if not file:
-            continue
-        loaded = (
-            _read_model(file, cfg.model)
-            if parts[-1] == "logit_bias"
-            else _read_part(file, parts[0], cfg.model)
-        )
-        _check(loaded, leaves, parts, file)
-        for name, value in loaded.items():
+    leaves, origin, left = clip.flatten(params), {}, {}
+    for file, parts in _wanted(cfg.init):
+        part = _open_part(file, parts, cfg)
+        _check(part.leaves, leaves, parts, file)
+        for name, value in part.leaves.items():
             leaves[name] = _place(value, leaves[name])
-            origin[name] = file
+            origin[name] = f"{part.how.get(name, 'loaded from')} {file}"
+        left |= {f"{file}: {name}": why for name, why in part.left.items()}
     if report:
         for name, leaf in leaves.items():
-            how = f"loaded from {origin[name]}" if name in origin else "initialised"
-            report(f"{name} {list(leaf.shape)}: {how}")
+            report(f"{name} {list(leaf.shape)}: {origin.get(name, 'initialised')}")
+        for name, why in left.items():
+            report(f"{name}: left out ({why})")
     return clip.unflatten(leaves)
 
 
-def _read_part(file: str, tower: str, m: config.Model) -> dict[str, np.ndarray]:
-    params, meta = load_tower(file)
-    if tower not in params:
-        raise DataError(f"{file} holds no {tower} tower, only {', '.join(sorted(params))}")
-    _refuse_other_meaning(file, tower, meta.get(tower, {}), m, _SEMANTIC[tower])
-    return clip.flatten({tower: params[tower]})
+def _wanted(i: config.Init) -> list[tuple[str, tuple[str, ...]]]:
+    """Files and the first parts of the paths that are taken from them."""
+    wanted = [
+        (i.model, ("vision", "text", "logit_scale", "logit_bias")),
+        (i.vision, ("vision",)),
+        (i.text, ("text",)),
+        (i.logit_scale, ("logit_scale", "logit_bias")),
+    ]
+    return [(file, parts) for file, parts in wanted if file]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Part:
+    """What one file gives: flat leaves, how they were changed, and what stays in the file."""
+
+    leaves: dict[str, np.ndarray]
+    how: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def _open_part(file: str, parts: tuple[str, ...], cfg: config.Train) -> _Part:
+    part = _native_part(file, parts, cfg.model) or _foreign_part(file, parts, cfg.model)
+    left = {k: "not asked for" for k in part.leaves if k.split("/")[0] not in parts}
+    taken = {k: v for k, v in part.leaves.items() if k not in left}
+    towers = [p for p in parts if p in ("vision", "text")]
+    if absent := [t for t in towers if not any(k.startswith(f"{t}/") for k in taken)]:
+        held = sorted({k.split("/")[0] for k in part.leaves})
+        raise DataError(f"{file} holds no {absent[0]} tower, only {', '.join(held)}")
+    if "logit_scale" in parts and not towers and "logit_scale" not in taken:
+        raise DataError(f"{file} holds no logit_scale", "leave init.logit_scale empty: it starts fresh")
+    out = _Part(leaves=taken, how=part.how, left=part.left | _by_tower(left, part.leaves))
+    _fit_positions(out, cfg, file)
+    return out
+
+
+def _by_tower(left: dict[str, str], leaves: dict[str, np.ndarray]) -> dict[str, str]:
+    """A whole tower that is not asked for is one line."""
+    towers = {k.split("/")[0] for k in left}
+    count = lambda t: sum(leaves[k].size for k in left if k.split("/")[0] == t)
+    return {f"{t} ({count(t):,} parameters)": "not asked for" for t in sorted(towers)}
+
+
+def _native_part(file: str, parts: tuple[str, ...], m: config.Model) -> _Part | None:
+    """A tower file or a model folder of ours; None for anything else."""
+    path = Path(file)
+    weights = path / "model.safetensors" if path.is_dir() else path
+    if not weights.is_file() or _is_zip(weights) or path.suffix == ".json":
+        return None
+    settings = folder_settings(path) if path.is_dir() else {}
+    if settings.get("format", "unimed_jax.model") != "unimed_jax.model" or "model_type" in settings:
+        return None
+    leaves = tensor_file.open_safetensors(weights)
+    if leaves.metadata.get("format") == FORMAT:
+        params, meta = load_tower(weights)
+        for tower in parts:
+            _refuse_other_meaning(file, tower, meta.get(tower, {}), m)
+        return _Part(leaves=clip.flatten(params))
+    if not any(k.startswith(("vision/", "text/")) for k in leaves):
+        return None
+    theirs = settings.get("model", {})
+    for tower in parts:
+        _refuse_other_meaning(file, tower, theirs.get(tower, {}), m, extra=("pool",))
+    return _Part(leaves=dict(leaves))
+
+
+def _is_zip(file: Path) -> bool:
+    """Whether a file is one of PyTorch's archives."""
+    with file.open("rb") as f:
+        return f.read(2) == b"PK"
+
+
+def _foreign_part(file: str, parts: tuple[str, ...], m: config.Model) -> _Part:
+    """Another framework's file; what it does not say of itself is taken from the config's model, and said."""
+    from unimed_jax.convert import source
+
+    opened = source.open_source(file, assume=m)
+    for tower in set(parts) & set(opened.towers):
+        _refuse_other_meaning(file, tower, config.to_dict(getattr(opened.model, tower)), m)
+    return _Part(leaves=dict(opened.leaves()), left=dict(opened.ignored))
 
 
 def _refuse_other_meaning(
-    file: str, tower: str, theirs: dict[str, Any], m: config.Model, fields: tuple[str, ...]
+    file: str, tower: str, theirs: dict[str, Any], m: config.Model, *, extra: tuple[str, ...] = ()
 ) -> None:
+    if tower not in _SEMANTIC:
+        return
     ours = config.to_dict(getattr(m, tower))
-    for field in fields:
-        if field in theirs and theirs[field] != ours[field]:
+    for name in (*_SEMANTIC[tower], *extra):
+        if name in theirs and theirs[name] != ours[name]:
             raise DataError(
-                f"{file} was made for {tower}.{field} {theirs[field]!r}, the model has {ours[field]!r}",
-                f"set model.{tower}.{field} to {theirs[field]!r}",
+                f"{file} was made for {tower}.{name} {theirs[name]!r}, the model has {ours[name]!r}",
+                f"set model.{tower}.{name} to {theirs[name]!r}",
             )
 
 
-def _read_model(file: str, m: config.Model) -> dict[str, np.ndarray]:
-    theirs = folder_settings(file).get("model", {})
-    for tower, fields in _SEMANTIC.items():
-        _refuse_other_meaning(file, tower, theirs.get(tower, {}), m, (*fields, "pool"))
-    path = Path(file)
-    return read_with_metadata(path / "model.safetensors" if path.is_dir() else path)[0]
+def _fit_positions(part: _Part, cfg: config.Train, file: str) -> None:
+    """Resizes vision positions to the model's grid when the config names a rule; refuses everything else."""
+    v, t = cfg.model.vision, cfg.model.text
+    pos, rule = part.leaves.get("vision/pos"), cfg.init.resize
+    grid = v.image_size // v.patch_size
+    if pos is not None and len(pos) != grid * grid + 1:
+        if not rule:
+            raise DataError(
+                f"{file} has {len(pos)} vision positions, the model {grid * grid + 1} ({grid} x {grid} and one)",
+                "--config.init.resize=bicubic (UniMed-CLIP's rule) or antialias (OpenCLIP's)",
+            )
+        part.leaves["vision/pos"] = positions.resize_positions(pos, grid, rule, where=f"vision/pos of {file}")
+        part.how["vision/pos"] = f"resized ({rule}) from {list(pos.shape)} of"
+    if "text/pos" in part.leaves:
+        positions.refuse_other_text_length(len(part.leaves["text/pos"]), t.max_positions, where=file)
+
+
+def init_moments(cfg: config.Train, *, report: Callable[[str], None] | None = None) -> optimizer.Moments:
+    """Adam's moments and the step of `cfg.init.model`: of a folder with optimizer.safetensors, or of a file that
+    PyTorch training wrote.
+
+    Raises:
+        DataError: when there are none, or they are damaged or another model's.
+    """
+    file = Path(cfg.init.model)
+    if (file / optimizer.FILE).is_file():
+        found = optimizer.load(file / optimizer.FILE)
+    else:
+        from unimed_jax.convert import source
+
+        opened = source.open_source(file, assume=cfg.model)
+        if opened.optimizer is None:
+            raise DataError(
+                f"{file} holds weights only, no optimizer state",
+                "unimed-jax convert TRAINING_CHECKPOINT DIR --with-optimizer, or init.optimizer=False",
+            )
+        found = optimizer.of_source(opened)
+    wanted = {k: tuple(v.shape) for k, v in clip.flatten(clip.skeleton(cfg.model)[1]).items()}
+    first, second = found.trees()
+    for kind, leaves in (("first", first), ("second", second)):
+        have = {k: tuple(v.shape) for k, v in leaves.items()}
+        if have != wanted:
+            wrong = sorted(k for k in wanted.keys() | have.keys() if have.get(k) != wanted.get(k))
+            raise DataError(
+                f"{file}: the {kind} moments of {', '.join(wrong[:4])} are not the model's",
+                "use the model of the run that they come from",
+            )
+    if report:
+        report(f"optimizer: Adam's moments after {found.step} updates, loaded from {file}")
+        for name, made in found.settings.items():
+            now = getattr(cfg.optim, name, made)
+            if name != "lr" and now != made:
+                report(f"optimizer: {name} was {made:g}, is {now:g}")
+    return replace(found, first=first.items, second=second.items)
+
+
+def summary(lines: Sequence[str]) -> list[str]:
+    """The lines of a report, leaves of one tower and one origin drawn together.
+
+    Example:
+        >>> summary([f"text/{x} [9, 2]: loaded from F" for x in "abcd"] + ["F: x: left out (buffer)"])
+        ['text: 4 leaves, 72 parameters: loaded from F', 'F: x: left out (buffer)']
+    """
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for line in lines:
+        found = re.fullmatch(r"(\S+) \[([\d, ]*)\]: (.*)", line)
+        if found is None:
+            groups[line] = []
+            continue
+        name, shape, how = found.groups()
+        size = math.prod(int(n) for n in re.findall(r"\d+", shape))
+        groups.setdefault(f"{name.split('/')[0]}: {how}", []).append((name, size))
+    out = []
+    for key, members in groups.items():
+        part, _, how = key.partition(": ")
+        if len(members) > 3:
+            out.append(f"{part}: {len(members)} leaves, {sum(n for _, n in members):,} parameters: {how}")
+        else:
+            out += [f"{', '.join(name for name, _ in members)}: {how}"] if members else [key]
+    return out
 
 
 def folder_settings(folder: str | Path) -> dict[str, Any]:
@@ -179,5 +336,7 @@ def _check(loaded: dict[str, np.ndarray], leaves: dict[str, Any], parts: tuple[s
 
 
 def _place(value: np.ndarray, like: Any) -> Any:
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return like
     value = value.astype(like.dtype)
     return jax.device_put(value, like.sharding) if isinstance(like, jax.Array) else value

@@ -8,6 +8,7 @@ own modules the order is data here as well (`ORDER`), and both must agree.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -218,6 +219,27 @@ def to_torch(first: Arrays, second: Arrays, *, step: int, settings: Mapping[str,
             values = {"step": np.float32(step), "exp_avg": first[name], "exp_avg_sq": second[name]}
             state[n], n = values, n + 1
     return {"state": state, "param_groups": groups}
+
+
+def of_source(source: Any, *, where: str = "") -> Moments:
+    """The moments of an opened training checkpoint (`convert.source.Source`), as our leaves.
+
+    They are laid out like the weights, so the same table moves them.
+
+    Raises:
+        DataError: as `from_torch`.
+    """
+    where = where or str(source.path)
+    shapes = {name: tuple(x.shape) for name, x in source.state.items()}
+    first, second, step, settings = from_torch(source.optimizer, shapes, where=where)
+    leaves = lambda state: dataclasses.replace(source, state=state).leaves()
+    return Moments(
+        first=lambda: leaves(first),
+        second=lambda: leaves(second),
+        step=step,
+        settings=settings,
+        dropped=tuple(n for n in shapes if n in source.ignored),
+    )
 
 
 # -- our file -----------------------------------------------------------------------------------------------------

@@ -125,17 +125,35 @@ def with_warmup_steps(cfg: config.Train, epoch_examples: int) -> config.Train:
     return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, warmup=config.Duration(steps=steps)))
 
 
-def first_state(parts: Parts, report: Callable[[str], None] | None = None) -> dict[str, Any]:
+def first_state(parts: Built, report: Callable[[str], None] | None = None) -> dict[str, Any]:
     """The state before the first step, made in place on the devices: random, then what `cfg.init` names.
 
+    With `init.optimizer` it is the state after the last step of the run that the moments come from.
+
     Raises:
-        DataError: for initial weights that do not fit.
+        DataError: for initial weights or moments that do not fit.
     """
     place = jax.tree.map(lambda x: x.sharding, parts.state)
     create = jax.jit(
         lambda p: step.create_state(parts.cfg, p, parts.tx), out_shardings=place, donate_argnums=0
     )
-    return create(first_params(parts, report))
+    state = create(first_params(parts, report))
+    return _with_moments(parts.cfg, state, report) if parts.cfg.init.optimizer else state
+
+
+def _with_moments(
+    cfg: config.Train, state: dict[str, Any], report: Callable[[str], None] | None
+) -> dict[str, Any]:
+    """The state with Adam's moments and the step of `init.model`; frozen parameters have none."""
+    found = native.init_moments(cfg, report=report)
+    mu, nu, count = optim.moments(state["opt"])
+    place = lambda tree, leaves: clip.unflatten(
+        {path: jax.device_put(leaves[path], like.sharding) for path, like in clip.flatten(tree).items()}
+    )
+    first, second = found.trees()
+    step = jax.device_put(jnp.asarray(found.step, jnp.int32), count.sharding)
+    opt = optim.with_moments(state["opt"], place(mu, first), place(nu, second), step)
+    return state | {"step": jax.device_put(step, state["step"].sharding), "opt": opt}
 
 
 def first_params(parts: Built, report: Callable[[str], None] | None = None) -> clip.Params:
@@ -143,7 +161,7 @@ def first_params(parts: Built, report: Callable[[str], None] | None = None) -> c
     cfg = parts.cfg
     place = jax.tree.map(lambda x: x.sharding, parts.state["params"])
     params = jax.jit(lambda key: clip.init(cfg.model, key), out_shardings=place)(jax.random.key(cfg.seed))
-    if cfg.init.model or cfg.init.vision or cfg.init.text:
+    if native.names_weights(cfg.init):
         params = native.init_from(cfg, params, report=report)
     return params
 

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from unimed_jax import config, parallel
+from unimed_jax.convert import native
 from unimed_jax.data.pipeline import device_prefetch
 from unimed_jax.errors import DataError, Preempted
 from unimed_jax.train import assemble, checkpoint, finish, hygiene, meter, plan, run_folder, writers
@@ -137,7 +138,7 @@ class _Run:
         if step is None:
             self.saved.refuse_damaged_only()
             self._write_settings()
-            return assemble.first_state(self.parts), 0
+            return self._first_state()
         # The settings are compared before anything is restored: a difference must read as such, not as its effect.
         with contextlib.suppress(checkpoint.Damaged):
             self._refuse_other_run(checkpoint.read_meta(self.saved.folder / str(step)))
@@ -153,6 +154,22 @@ class _Run:
         )
         self._write_settings()
         return state, meta["step"]
+
+    def _first_state(self) -> tuple[dict[str, Any], int]:
+        """The state before the first step, or after the last one of the run whose optimizer goes on."""
+        lines: list[str] = []
+        state = assemble.first_state(self.parts, lines.append)
+        start = int(jax.device_get(state["step"]))
+        if start >= self.total:
+            raise DataError(
+                f"{self.cfg.init.model} has done {start} steps, the duration is {self.total}",
+                "give a longer duration",
+            )
+        for line in native.summary(lines):
+            self._tell(line)
+        if self.chief and lines:
+            run_folder.write_json(self.workdir / "init.json", lines)
+        return state, start
 
     def _refuse_other_run(self, meta: dict[str, Any]) -> list[str]:
         where = f"the saved state in {self.workdir}"

@@ -193,6 +193,29 @@ def current_rate(opt_state: Any) -> jax.Array:
     return opt_state[-1].lr
 
 
+def with_moments(opt_state: Any, first: Params, second: Params, step: Any) -> Any:
+    """A state of `make_optimizer` with other moments, as after so many updates.
+
+    Args:
+        opt_state: the state.
+        first: running means of the gradients, of the trainable parameters.
+        second: running means of their squares.
+        step: updates made, i32[]; the bias correction depends on it.
+    """
+
+    def replaced(part: Any) -> Any:
+        adam = isinstance(part, optax.ScaleByAdamState)
+        return part._replace(count=step, mu=first, nu=second) if adam else part
+
+    return tuple(replaced(part) for part in opt_state)
+
+
+def moments(opt_state: Any) -> tuple[Params, Params, jax.Array]:
+    """Both moments and the number of updates in a state of `make_optimizer`."""
+    adam = next(part for part in opt_state if isinstance(part, optax.ScaleByAdamState))
+    return adam.mu, adam.nu, adam.count
+
+
 def clamp(params: Params, o: config.Optim) -> Params:
     """Keeps `logit_scale` within [0, optim.max_logit_scale]; applied after every update, as the reference does.
 

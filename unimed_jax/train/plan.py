@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from unimed_jax import config, parallel
+from unimed_jax.convert import native
 from unimed_jax.data import pipeline
 from unimed_jax.models import clip, flops
 from unimed_jax.train import assemble, meter
@@ -32,7 +33,8 @@ def describe(cfg: config.Train) -> str:
     total = (
         data["total_steps"] if data else cfg.duration.steps_for(batch_size=cfg.batch_size, epoch_examples=0)
     )
-    sections = [_run(cfg, mesh), _parameters(cfg), _shapes(cfg), _memory(cfg, mesh, max(total, 1))]
+    sections = [_run(cfg, mesh), _parameters(cfg), _start(cfg)]
+    sections += [_shapes(cfg), _memory(cfg, mesh, max(total, 1))]
     sections += [_mixture(data), _text(data)] if data else [["data      none: no data.root given"]]
     sections.append(_steps(cfg, data, total))
     return "\n".join(line for section in sections for line in section)
@@ -60,6 +62,18 @@ def _parameters(cfg: config.Train) -> list[str]:
         parts = ", ".join(f"{part} {n:,}" for part, n in table.items())
         lines.append(f"  {tower:<8}{sum(table.values()):>13,}  ({parts})")
     return lines
+
+
+def _start(cfg: config.Train) -> list[str]:
+    """What the parameters start from; reads the files and keeps nothing."""
+    if not native.names_weights(cfg.init):
+        return ["start     at random"]
+    lines: list[str] = []
+    native.init_from(cfg, clip.skeleton(cfg.model)[1], report=lines.append)
+    if cfg.init.optimizer:
+        native.init_moments(cfg, report=lines.append)
+    first, *rest = native.summary(lines)
+    return [f"start     {first}", *(f"  {line}" for line in rest)]
 
 
 def _shapes(cfg: config.Train) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import reprlib
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +17,18 @@ MAX_DIMS = 32  # of one tensor
 MAX_BYTES = 2**62  # of one tensor and of any product on the way: far from where 64-bit arithmetic ends
 
 
-def shown(name: object) -> str:
-    """A name from a file, safe to print: quoted, escaped, at most 100 characters.
+_REPR = reprlib.Repr()  # bounded also for a value that holds itself a thousand times
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 90, 60, 40
+
+
+def shown(value: object) -> str:
+    """A value from a file, safe to print: escaped, at most 100 characters, in bounded time.
 
     Example:
         >>> shown("a" * 200)[-5:]
-        'aa...'
+        "aaaa'"
     """
-    text = ascii(name) if isinstance(name, str) and not name.isprintable() else repr(name)
+    text = _REPR.repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 

@@ -15,12 +15,13 @@ import numpy as np
 from unimed_jax.convert.mapped import shown
 from unimed_jax.errors import DataError
 
-MAX_STEPS = 2_000_000  # instructions; a checkpoint of 2000 tensors with its optimizer has about 80 000
+MAX_STEPS = 1_000_000  # instructions; 2000 tensors need about 70 000
+MAX_WORK = 8  # arguments of all calls, in values and characters, per byte of the file (and the steps on top)
 MAX_TEXT = 2**20  # bytes of one string
 MAX_INT = 32  # bytes of one integer
 MAX_NAME = 512  # bytes of a module's or class's name
 MAX_DEPTH = 64  # of nested containers
-MAX_VALUES = 2_000_000  # in the result, shared ones counted each time
+MAX_VALUES = 1_000_000  # in the result, shared ones counted each time
 _REMEDY = "get the weights as a plain state dict or as safetensors from a source that you trust"
 
 
@@ -79,6 +80,7 @@ class _Machine:
         self.objects: dict[
             int, dict
         ] = {}  # attribute tables by identity; holding them keeps the identities valid
+        self.work = MAX_WORK * len(data) + MAX_STEPS
         self.done = False
         self.result: Any = None
 
@@ -104,6 +106,12 @@ class _Machine:
             handler(self)
         if self.at != len(data):
             self.fail("bytes follow its end")
+
+    def spend(self, values: Any) -> None:
+        """Counts what a call will look at: one large value must not be handed to a thousand calls."""
+        self.work -= len(values) + sum(len(v) for v in values if isinstance(v, _SIZED))
+        if self.work < 0:
+            self.fail("it uses the same values too often")
 
     def take(self, n: int) -> bytes:
         if n > len(self.data) - self.at:
@@ -311,6 +319,7 @@ def _reduce(m: _Machine) -> None:
         m.fail(
             f"it applies {known.name if isinstance(known, Known) else 'what is no function'}; not executed"
         )
+    m.spend(args)
     m.stack.append(known.call(args))
 
 
@@ -332,6 +341,7 @@ def _build(m: _Machine) -> None:
     elif id(target) in m.objects:
         if type(state) is not dict:
             m.fail("an object has no table of attributes")
+        m.spend(state)
         set_items(target, [x for pair in state.items() for x in pair])
     elif type(target) is not dict:  # a dict's state is the version table of an OrderedDict: not needed
         m.fail("a state is given to what has none")
@@ -384,6 +394,7 @@ _REFUSED = {
     }.items()
 }  # fmt: skip
 _KEYS = {str, int, float, bool, type(None)}  # others can be costly to hash
+_SIZED = (str, bytes, list, tuple, dict)
 _LEAVES = _KEYS | {bytes, np.ndarray}
 
 

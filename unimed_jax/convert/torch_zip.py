@@ -21,7 +21,8 @@ from unimed_jax.convert.mapped import MAX_BYTES, MAX_DIMS, FileMap, Mapped, show
 from unimed_jax.convert.pickle_reader import Invalid, Known
 from unimed_jax.errors import DataError
 
-MAX_PICKLE = 64 * 2**20  # bytes of data.pkl; 2000 tensors with their optimizer need 0.3 MB
+MAX_PICKLE = 32 * 2**20  # bytes of data.pkl; 2000 tensors need 0.2 MB
+MAX_TENSORS = 100_000
 MAX_SHARED = 16  # tensors may together show this many times the file's size
 RESAVE = "torch.save(torch.load(f, weights_only=True), g) writes the current format"
 _CHUNK = 2**24
@@ -148,6 +149,7 @@ class _Archive:
         script = f"{prefix}constants.pkl" in records or any(n.startswith(f"{prefix}code/") for n in records)
         self.kind = "torchscript" if script else "zip"
         self.left = MAX_SHARED * file.size  # bytes that tensors may still show
+        self.tensors_left = MAX_TENSORS
         self.checked: set[str] = set()
         self.known: dict[str, Any] = {**torch_names.COMMON, **{n: Known(n) for n in torch_names.STORAGES}}
         self.known |= {
@@ -262,6 +264,9 @@ class _Archive:
             raise Invalid(f"a tensor {shown(shape)} reaches outside its storage of {stored} values")
         if count > stored:
             raise Invalid(f"a tensor {shown(shape)} repeats a storage of {stored} values")
+        self.tensors_left -= 1
+        if self.tensors_left < 0:
+            raise Invalid(f"it has more than {MAX_TENSORS} tensors")
         self.left -= count * dtype.itemsize
         if self.left < 0:
             raise Invalid(f"its tensors together have more than {MAX_SHARED} times the bytes of the file")

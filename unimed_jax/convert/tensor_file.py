@@ -20,7 +20,7 @@ from unimed_jax.errors import DataError
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 MAX_TENSORS = 100_000
-MAX_MARKS = 4_000_000  # brackets and commas of a header: bounds what parsing it costs
+MAX_MARKS = 2_000_000  # brackets and commas of a header: bounds what parsing it costs
 MAX_INDEX = 32 * 2**20  # bytes of a *.index.json
 MAX_SHARDS = 1000
 _REMEDY = "download or save it again"
@@ -49,7 +49,7 @@ def open_safetensors(path: str | Path) -> Mapped:
         _refuse(path, f"its header should have {size} bytes, the file has {file.size}")
     if size > MAX_HEADER:
         _refuse(path, f"a header of {size} bytes is over the limit of {MAX_HEADER}")
-    header = _parse(path, file.bytes(8, size))
+    header = _header(path, file.bytes(8, size))
     metadata = _metadata(path, header.pop("__metadata__", {}))
     if len(header) > MAX_TENSORS:
         _refuse(path, f"{len(header)} tensors are over the limit of {MAX_TENSORS}")
@@ -68,24 +68,34 @@ def _refuse(path: str | Path, why: str) -> NoReturn:
     raise DataError(f"{path} is no complete safetensors file: {why}", _REMEDY)
 
 
-def _parse(path: str | Path, raw: bytes) -> dict[str, Any]:
-    if not raw.startswith(b"{"):
-        _refuse(path, "its header is no JSON object")
-    if sum(raw.count(c) for c in (b"{", b"[", b",")) > MAX_MARKS:
-        _refuse(path, f"its header has more than {MAX_MARKS} values")
+def _header(path: str | Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
+        return _parse(raw)
     except _Duplicate as e:
         raise DataError(f"{path} holds {shown(e.args[0])} twice", "save it again") from None
-    except UnicodeDecodeError as e:
-        _refuse(path, f"its header is not UTF-8 at byte {e.start}")
-    except RecursionError:
-        _refuse(path, "its header is nested too deeply")
     except ValueError as e:
-        _refuse(path, f"its header is no JSON: {str(e)[:100]}")
-    return header
+        _refuse(path, f"its header cannot be read, {e}")
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`, without equal keys, at a bounded price.
+
+    Raises:
+        _Duplicate: for equal keys.
+        ValueError: for anything else that is wrong; the words say what.
+    """
+    if not raw.startswith(b"{"):
+        raise ValueError("it is no JSON object")
+    if sum(raw.count(c) for c in (b"{", b"[", b",")) > MAX_MARKS:
+        raise ValueError(f"it has more than {MAX_MARKS} values")
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"it is not UTF-8 at byte {e.start}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as e:
+        raise ValueError(f"it is no JSON: {str(e)[:100]}") from None
 
 
 class _Duplicate(Exception):
@@ -178,7 +188,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     file = FileMap(index)
     if file.size > MAX_INDEX:
         raise DataError(f"{index} has {file.size} bytes, over the limit of {MAX_INDEX}", _REMEDY)
-    files = _parse(index, file.bytes(0, file.size).lstrip()).get("weight_map")
+    try:
+        files = _parse(file.bytes(0, file.size).strip()).get("weight_map")
+    except _Duplicate as e:
+        raise DataError(f"{index} holds {shown(e.args[0])} twice", _REMEDY) from None
+    except ValueError as e:
+        raise DataError(f"{index} is no readable index: {e}", _REMEDY) from None
     if not isinstance(files, dict) or not files or not all(isinstance(f, str) for f in files.values()):
         raise DataError(f"{index} has no weight_map from tensor names to files", _REMEDY)
     for name in sorted(set(files.values())):

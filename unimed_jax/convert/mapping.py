@@ -164,16 +164,20 @@ def our_shape(shapes: Shapes, table: Table, ours: str) -> tuple[int, ...] | None
     if not usable:
         return None
     shape = MOVES[row.move][0](np.broadcast_to(np.float32(0), usable[0])).shape
+    if ours.startswith("blocks/") and not row.layered:  # stacked there too
+        shape = shape[1:]
     return (*shape[:-1], shape[-1] * len(row.theirs)) if shape else shape
 
 
 def depth(shapes: Shapes, table: Table) -> int:
-    """The number of layers: one more than the highest number in any key of a layered row."""
+    """The number of layers: one more than the highest number in any key of a layered row; 0 without any."""
     found = 0
     for row in table.rows:
         if row.layered:
             pattern = re.compile(re.escape(row.theirs[0]).replace(r"\{i\}", r"(\d{1,4})"))
             found = max(found, *(int(m[1]) + 1 for k in shapes if (m := pattern.fullmatch(k))), 0)
+        elif row.ours.startswith("blocks/") and (shape := shapes.get(row.theirs[0])):
+            found = max(found, shape[0])
     return found
 
 
@@ -306,7 +310,7 @@ def refuse(where: str, what: str, faults: Faults, remedy: str = "") -> None:
     Raises:
         DataError: when some kind has a name.
     """
-    words = [f"{len(names)} {kind}: {some(names, 24)}" for kind, names in faults.items() if names]
+    words = [f"{len(names)} {kind}: {some(names, 200)}" for kind, names in faults.items() if names]
     if words:
         raise DataError(
             f"{where or 'state dict'} is no {what} of this architecture: {'; '.join(words)}",

@@ -75,7 +75,7 @@ HF_CLIP_TEXT = Table(
     owns=r"text_model\..*|text_projection\..*",
     ignore=((r"text_model\.embeddings\.position_ids", _IDS),),
     proj=("linear",),
-    implies={"kind": "clip", "pool": "eot", "dropout": 0.0},
+    implies={"kind": "clip", "pool": "eot", "dropout": 0.0, "pad_id": 0},
 )
 
 
@@ -277,6 +277,24 @@ HF_DINOV2 = Table(
     implies={"ln_pre": False, "pool": "cls"},
 )
 
+
+def _native(tower: str, *same: Table) -> Table:
+    """Our own files: paths as keys, layers stacked; every leaf that some table knows."""
+    leaves_ = dict.fromkeys(row.ours for table in same for row in table.rows)
+    leaves_ |= dict.fromkeys(("proj/kernel", "proj/up/kernel", "proj/down/kernel"))
+    return Table(
+        name=f"unimed_jax {tower} tower",
+        tower=tower,
+        rows=tuple(Row(leaf, (f"{tower}/{leaf}",)) for leaf in leaves_),
+        marks=rf"{tower}/.*",
+        owns=rf"{tower}/.*",
+        proj=("linear", "mlp", "none"),
+    )
+
+
+NATIVE_VISION = _native("vision", OPENCLIP_VISION, TIMM_VISION)
+NATIVE_TEXT = _native("text", OPENCLIP_CLIP_TEXT, HF_BERT)
+
 TABLES: dict[str, Table] = {
     "openclip_vision": OPENCLIP_VISION,
     "timm_vision": TIMM_VISION,
@@ -288,4 +306,6 @@ TABLES: dict[str, Table] = {
     "unimed_text": UNIMED_TEXT,
     "hf_clip_text": HF_CLIP_TEXT,
     "hf_bert": HF_BERT,
+    "native_vision": NATIVE_VISION,
+    "native_text": NATIVE_TEXT,
 }

@@ -1,0 +1,397 @@
+"""Opens every kind of checkpoint that is read here: what it is, its tensors, and our leaves made of them.
+
+A file is a state dict or a training checkpoint; a folder adds the configs beside it. Nothing is copied until the leaves
+are asked for, nothing is skipped silently, and nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimed_jax import config
+from unimed_jax.convert import architecture, configs, mapping, openclip_config
+from unimed_jax.convert.architecture import SCALARS
+from unimed_jax.convert.mapping import Table
+from unimed_jax.convert.tensor_file import open_safetensors, open_sharded
+from unimed_jax.convert.torch_zip import TorchFile, open_torch
+from unimed_jax.errors import DataError, UsageError, did_you_mean
+from unimed_jax.models import clip, zoo
+
+NATIVE_MODEL, NATIVE_TOWER = "unimed_jax.model", "unimed_jax.tower"
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # of DDP and torch.compile, in any order
+# The first file that is there is the folder's weights.
+_OPENCLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_HF_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
+# Below which key a training checkpoint holds the weights, and what else is known in one.
+_STATE_KEYS = ("state_dict", "model_state_dict", "model")
+_FACTS = ("epoch", "name", "epoch_step", "step", "global_step", "arch")
+
+
+@dataclass(slots=True, kw_only=True)
+class Source:
+    """An opened checkpoint."""
+
+    path: Path
+    format: str  # unimed | openclip | openai | hf-clip | hf-vision | hf-bert | hf-dinov2 | native
+    model: config.Model  # inferred, or named; of a tower that is not there, defaults
+    towers: tuple[str, ...]  # ("vision", "text"), or one of them
+    state: Mapping[str, np.ndarray]  # views in the file's own types; wrappers' prefixes taken off
+    tokenizer: Path | None  # found in the folder of the weights
+    ignored: dict[str, str]  # key -> why it carries no weights of the model
+    facts: dict[
+        str, Any
+    ]  # what a training checkpoint says of itself, and settings that were assumed; JSON values
+    optimizer: (
+        Mapping[str, Any] | None
+    )  # state of torch's optimizer as read, when the file is a training checkpoint
+    tables: dict[str, Table] = field(default_factory=dict)  # by tower
+    release: Callable[[], None] = lambda: None  # gives the pages read so far back to the system
+
+    def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Our leaves, float32, one at a time, e.g. ("vision/pos", ...); the file's pages are released on the way.
+
+        Raises:
+            DataError: at the end, listing every key with a value that is not finite (or is float64 and not exact in
+                float32): what was made of the leaves must not be kept then.
+        """
+        parts, rest = architecture.split(self.state, self.tables)
+        broken: list[str] = []
+        for tower, table in self.tables.items():
+            part = {k: self.state[k] for k in parts[tower]}
+            for name, leaf in mapping.leaves(part, table, self.model, broken=broken):
+                yield f"{tower}/{name}", leaf
+                self.release()
+        for key in rest:
+            if key in SCALARS and key not in self.ignored:
+                value = np.asarray(self.state[key], np.float32).reshape(())
+                broken += [] if math.isfinite(value) else [key]
+                yield key, value
+        mapping.refuse(str(self.path), f"{self.format} checkpoint", {"not finite": broken}, "save it again")
+
+    def params(self) -> clip.Params:
+        """All leaves as a nested dict.
+
+        Raises:
+            DataError: as `leaves`.
+        """
+        return clip.unflatten(dict(self.leaves()))
+
+    def report(self) -> str:
+        """One line: how many tensors were loaded, ignored and why, and initialised (none ever is)."""
+        reasons = Counter(self.ignored.values())
+        why = ", ".join(f"{n} {reason}" if len(reasons) > 1 else reason for reason, n in reasons.items())
+        loaded = len(self.state) - len(self.ignored)
+        return (
+            f"{len(self.state)} tensors: {loaded} loaded, {len(self.ignored)} ignored"
+            f"{f' ({why})' if why else ''}, 0 initialised"
+        )
+
+
+def open_source(
+    path: str | Path,
+    *,
+    model: str | config.Model = "",
+    prefer: str = "",
+    fallback: config.Model | None = None,
+) -> Source:
+    """Opens a checkpoint, finds out its architecture and compares every name and shape with it; reads no values.
+
+    Args:
+        path: a .pt, .pth, .bin or .safetensors file; or a folder of OpenCLIP, of transformers, or a model folder.
+        model: a named model, or an architecture, when it is known; the tensors must fit it.
+        prefer: which to open when a folder holds several: "native", "openclip" or "hf".
+        fallback: where settings come from that neither the file nor its folder says (heads, activation); their towers
+            count one by one.
+
+    Raises:
+        UsageError: for a path that is not there, an unknown name, or settings that nothing says.
+        DataError: listing missing, unexpected and mis-shaped tensors, with the named model whose shapes do fit; and for
+            damaged files.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = _in_folder(path, prefer)
+    elif path.is_file():
+        found = _beside(path)
+    else:
+        raise UsageError(
+            f"no checkpoint at {str(path)!r}.{did_you_mean(str(path), zoo.MODELS)}", "give a file or folder"
+        )
+    named = zoo.get(model) if isinstance(model, str) and model else model
+    return _build(found, named if isinstance(named, config.Model) else None, fallback)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """Weights and what lies beside them."""
+
+    path: Path  # what the user gave
+    weights: Path
+    hints: configs.Hints = field(default_factory=dict)
+    model: config.Model | None = None  # of a native folder
+    tokenizer: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def _in_folder(folder: Path, prefer: str) -> _Found:
+    """The weights of a folder, by the configs that it holds."""
+    kinds: dict[str, Callable[[Path, Path], _Found | None]] = {
+        "native": _native_folder,
+        "openclip": _openclip_folder,
+        "hf": _hf_folder,
+    }
+    if prefer and prefer not in kinds:
+        raise UsageError(f"prefer is {prefer!r}", f"one of {', '.join(kinds)}")
+    for name, read in kinds.items():
+        if (not prefer or name == prefer) and (found := read(folder, folder)):
+            return found
+    files = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+    if len(files) == 1 and not prefer:
+        return _Found(path=folder, weights=files[0], tokenizer=_tokenizer(folder))
+    what = f"{len(files)} weight files and no config" if files else "no weights"
+    raise UsageError(
+        f"{folder} holds {what} that says which is the {prefer + ' ' if prefer else ''}model",
+        f"give one file: {', '.join(p.name for p in files[:6])}" if files else "give another folder",
+    )
+
+
+def _beside(file: Path) -> _Found:
+    """A file alone, or one that its folder's config describes."""
+    folder = file.parent
+    for names, read in (
+        (("model.safetensors",), _native_folder),
+        (_OPENCLIP_FILES, _openclip_folder),
+        (_HF_FILES, _hf_folder),
+    ):
+        if file.name in names and (found := read(folder, file)):
+            found.weights = file
+            return found
+    return _Found(path=file, weights=file)
+
+
+def _native_folder(folder: Path, path: Path) -> _Found | None:
+    spec = configs.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if spec.get("format") != NATIVE_MODEL or not (folder / "model.safetensors").is_file():
+        return None
+    if spec.get("version") != 1:
+        raise DataError(f"{folder} has version {spec.get('version')!r}, this program reads 1", "update it")
+    try:
+        m = config.from_dict(config.Model, spec.get("model", {}), where=f"{folder / 'config.json'}: model")
+        config.validate_model(m)
+    except UsageError as e:  # the folder is wrong, not the request
+        raise DataError(e.cause, e.remedy or "restore the folder, or update the program") from e
+    return _Found(path=path, weights=folder / "model.safetensors", model=m, tokenizer=_tokenizer(folder))
+
+
+def _openclip_folder(folder: Path, path: Path) -> _Found | None:
+    file = folder / openclip_config.NAME
+    weights = next((folder / n for n in _OPENCLIP_FILES if (folder / n).is_file()), None)
+    if not file.is_file() or weights is None:
+        return None
+    spec = configs.read_json(file)
+    hints = openclip_config.read(spec, str(file))
+    text = spec["model_cfg"]["text_cfg"]
+    beside = folder / "config.json"  # of the BERT inside, where the folder carries it
+    if text.get("hf_model_name") and beside.is_file():
+        bert = configs.read_json(beside)
+        if bert.get("model_type") == "bert":
+            said = configs.hf(bert, str(beside))
+            hints = {k: v for k, v in said.items() if k != "text.context_length"} | hints
+    facts = {k: text[k] for k in ("hf_model_name", "hf_tokenizer_name") if isinstance(text.get(k), str)}
+    return _Found(path=path, weights=weights, hints=hints, tokenizer=_tokenizer(folder), facts=facts)
+
+
+def _hf_folder(folder: Path, path: Path) -> _Found | None:
+    spec = configs.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    weights = next((folder / n for n in _HF_FILES if (folder / n).is_file()), None)
+    if "model_type" not in spec or weights is None:
+        return None
+    hints = configs.hf(spec, str(folder / "config.json"))
+    pictures = folder / "preprocessor_config.json"
+    if pictures.is_file() and "vision.act" in hints:
+        strict = spec["model_type"] != "dinov2"  # it only starts a training here, and crops 224 of 256 pixels
+        hints |= configs.preprocessor(configs.read_json(pictures), str(pictures), strict=strict)
+    return _Found(path=path, weights=weights, hints=hints, tokenizer=_tokenizer(folder))
+
+
+def _tokenizer(folder: Path) -> Path | None:
+    return next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
+
+
+def _build(found: _Found, named: config.Model | None, fallback: config.Model | None) -> Source:
+    state, optimizer, release = _open(found)
+    where = str(found.path)
+    if not state:
+        raise DataError(f"{where} holds no tensors", "give the weights")
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
+    try:
+        info = _infer(found, shapes, named, fallback)
+    except DataError as e:
+        raise DataError(e.cause if where in e.cause else f"{where}: {e.cause}", e.remedy) from e
+    ignored, faults = _sort(state, info)
+    if any(faults.values()):
+        _refuse(found.path, state, info, faults, named)
+    assumed = {"assumed": info.assumed} if info.assumed else {}
+    return Source(
+        path=found.path,
+        format=info.format,
+        model=info.model,
+        towers=info.towers,
+        state=state,
+        tokenizer=found.tokenizer,
+        ignored=ignored,
+        facts=found.facts | assumed,
+        optimizer=optimizer,
+        tables=info.tables,
+        release=release,
+    )
+
+
+def _infer(
+    found: _Found,
+    shapes: mapping.Shapes,
+    named: config.Model | None,
+    fallback: config.Model | None,
+) -> architecture.Inferred:
+    where = str(found.path)
+    if found.model is not None and named is None:
+        named = found.model
+    elif found.model is not None and named is not None and not architecture.same(found.model, named):
+        raise DataError(f"{where} is {found.model.name!r}, not {named.name!r}", "leave the name out")
+    return architecture.infer(shapes, hints=found.hints, model=named, fallback=fallback, where=where)
+
+
+def _open(found: _Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any] | None, Callable[[], None]]:
+    """The state dict without wrappers' prefixes, the optimizer's state, and how to release memory."""
+    file = found.weights
+    optimizer = None
+    if file.name.endswith(".index.json"):
+        mapped = open_sharded(file)
+    elif _is_safetensors(file):
+        mapped = open_safetensors(file)
+        _tower_meta(found, mapped.metadata)
+    else:
+        opened = open_torch(file)
+        tree, optimizer = _unwrap(found, opened)
+        mapped = opened.tensors(tree)
+        if opened.kind == "torchscript":
+            found.hints = {"format": "openai"} | found.hints
+    state: dict[str, np.ndarray] = {}
+    for key in mapped:
+        name = _WRAPPERS.sub("", key).replace("._orig_mod.", ".")
+        if name in state:
+            raise DataError(f"{found.path} holds {name!r} twice, with and without a wrapper's prefix", "")
+        state[name] = mapped[key]
+    return state, optimizer, mapped.release
+
+
+def _is_safetensors(file: Path) -> bool:
+    if file.suffix == ".safetensors":
+        return True
+    with file.open("rb") as f:
+        head = f.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size
+
+
+def _tower_meta(found: _Found, header: Mapping[str, Any]) -> None:
+    """The architecture that a native tower file carries in its header."""
+    if header.get("format") != NATIVE_TOWER or header.get("version") != "1":
+        return
+    try:
+        meta = json.loads(header.get("meta", "{}"))
+        found.facts |= {k: v for k, v in meta.items() if k not in ("vision", "text")}
+        for tower in ("vision", "text"):
+            found.hints |= {f"{tower}.{k}": v for k, v in meta.get(tower, {}).items()}
+    except (ValueError, AttributeError) as e:
+        raise DataError(f"{found.path} has a header that says nothing readable: {e}", "save it again") from e
+
+
+def _unwrap(found: _Found, opened: TorchFile) -> tuple[Any, Mapping[str, Any] | None]:
+    """The state dict inside a training checkpoint; what else it says becomes facts."""
+    tree = opened.tree
+    if opened.kind == "torchscript" or not isinstance(tree, dict):
+        return tree, None
+    inner = next((k for k in _STATE_KEYS if isinstance(tree.get(k), dict)), None)
+    if inner is None:
+        return tree, None
+    found.facts |= {k: tree[k] for k in _FACTS if isinstance(tree.get(k), (str, int, float, bool))}
+    if others := sorted(str(k) for k in tree.keys() - {inner, "optimizer", "unimed_jax", *_FACTS}):
+        found.facts["left_out"] = others  # scaler, arguments: nothing of the model
+    ours = tree.get("unimed_jax")
+    if isinstance(ours, dict) and isinstance(ours.get("model"), dict):
+        found.hints |= _embedded(ours["model"], str(found.path))
+    optimizer = tree.get("optimizer")
+    return tree[inner], optimizer if isinstance(optimizer, dict) else None
+
+
+def _embedded(spec: dict[str, Any], where: str) -> configs.Hints:
+    """The architecture that our own `.pt` files carry beside the state dict."""
+    try:
+        m = config.from_dict(config.Model, spec, where=f"{where}: unimed_jax.model")
+    except UsageError as e:
+        raise DataError(e.cause, e.remedy or "save it again, or update the program") from e
+    return architecture.flat(m)
+
+
+def _sort(
+    state: Mapping[str, np.ndarray], info: architecture.Inferred
+) -> tuple[dict[str, str], mapping.Faults]:
+    """Keys that are ignored, with the reason; and everything that is wrong with names, shapes and types."""
+    parts, rest = architecture.split(state, info.tables)
+    ignored: dict[str, str] = {}
+    total: mapping.Faults = {}
+    for tower, table in info.tables.items():
+        part = {k: state[k] for k in parts[tower]}
+        ignored |= {k: why for k in part if (why := table.ignored(table.spelled(k))) is not None}
+        for kind, names in mapping.compare(part, table, info.model).items():
+            total.setdefault(kind, []).extend(names)
+    both = len(info.tables) == 2
+    for key in rest:
+        if key in SCALARS and not both:
+            ignored[key] = "temperature of two towers"
+        elif key in SCALARS and (key != "logit_bias" or info.model.logit_bias):
+            if state[key].size != 1:
+                total["mis-shaped"].append(f"{key} {list(state[key].shape)} instead of []")
+        elif key not in SCALARS and (why := architecture.ignored(key)):
+            ignored[key] = why
+        else:
+            total["unexpected"].append(key)
+    need = [] if not both else ["logit_scale"] + ["logit_bias"] * info.model.logit_bias
+    total["missing"] += [k for k in need if k not in state]
+    return ignored, total
+
+
+def _refuse(
+    path: Path,
+    state: Mapping[str, np.ndarray],
+    info: architecture.Inferred,
+    faults: mapping.Faults,
+    named: config.Model | None,
+) -> None:
+    parts, _ = architecture.split(state, info.tables)
+    faults["not finite"] = [
+        k
+        for tower, table in info.tables.items()
+        for k in mapping.not_finite({k: state[k] for k in parts[tower]}, table, info.model)
+    ]
+    near = architecture.nearest({k: tuple(v.shape) for k, v in state.items()})
+    remedy = f"the named model closest to its shapes: {', '.join(near)}"
+    if named is not None and info.fits and named.name not in info.fits:
+        remedy = f"its shapes are those of {', '.join(info.fits)}"
+    mapping.refuse(str(path), f"{info.format} checkpoint of {info.model.name}", faults, remedy)

@@ -29,9 +29,9 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_cache(tmp_path_factory):
-    """Runs compile the same programs over and over: a cache of their own."""
+    """Runs compile the same programs over and over: one cache for them and for test_disk_full.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
         yield
 
 

@@ -10,6 +10,7 @@ to be on the disk (files are synced first).
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import hashlib
 import json
@@ -32,6 +33,8 @@ from unimed_jax.train import fingerprint, hygiene
 META_VERSION = 1
 DAMAGED = "damaged"  # folder beside the steps for what failed its check
 _TRASH = ".trash-"
+# A quota and a limit on file sizes are full disks to whoever has them.
+_FULL_WORDS = ("no space left", "resource_exhausted", "quota exceeded", "file too large")
 
 
 class Damaged(DataError):
@@ -482,7 +485,7 @@ def _digest(meta: dict[str, Any]) -> str:
 
 def _reason(e: BaseException) -> str:
     text = " ".join(str(e).split())
-    full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or getattr(e, "errno", None) == 28
+    full = any(words in text.lower() for words in _FULL_WORDS) or getattr(e, "errno", None) == errno.ENOSPC
     return "the disk is full" if full else f"{type(e).__name__}: {text[:200]}"
 
 

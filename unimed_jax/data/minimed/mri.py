@@ -1,8 +1,9 @@
-"""MRI: two averages of many brains, four brains of single people, and single slices of other regions."""
+"""MRI: two averages of many brains, brains of single people, and other regions."""
 
 from __future__ import annotations
 
 import functools
+import gzip
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ _VOLUMES: tuple[tuple[Any, ...], ...] = (
         "pydeface",
         "mean_reg2mean.nii.gz",
         "avg-pydeface",
-        {"sequence": "T1-weighted", "average": True},
+        {"sequence": "T1-weighted", "average": True, "region": "head"},
         ("axial", "coronal", "sagittal"),
         2,
         0.2,
@@ -45,10 +46,24 @@ _VOLUMES: tuple[tuple[Any, ...], ...] = (
     ),
     ("pyradiomics", "brain1_image.nrrd", "pyrad-brain1", {}, ("axial",), 1, 0.12),
     ("pyradiomics", "brain2_image.nrrd", "pyrad-brain2", {}, ("axial",), 1, 0.12),
+    ("totalsegmentator", "example_mr_sm.nii.gz", "ts-mr", {"region": "abdomen"}, ("axial",), 1, 0.12),
 )
 _SINGLE = (
     ("pydicom-data", "MR2_UNCR.dcm", "NEMA-MR2", "shoulder", "coronal"),
     ("pydicom-data", "MR-SIEMENS-DICOM-WithOverlays.dcm", "gdcm-liver", "abdomen", "axial"),
+    ("rsna-anonymizer", "JPEG-LS_Lossy.dcm", "rsna-finger", "finger", "sagittal"),
+    ("matplotlib", "s1045.ima.gz", "mpl-s1045", "head", "sagittal"),
+)
+# Siemens mosaics, all axial slices of a brain in one picture: (package, file, subject, facts, tiles a side)
+_MOSAICS: tuple[tuple[Any, ...], ...] = (
+    ("heudiconv", "axasc35.dcm", "heudiconv-epi", {"sequence": "echo-planar"}, 6),
+    (
+        "heudiconv",
+        "b0dwiForFmap/b0dwi_for_fmap+00001.dcm",
+        "heudiconv-dwi",
+        {"sequence": "diffusion (b=0)"},
+        9,
+    ),
 )
 
 
@@ -66,10 +81,9 @@ def pictures(root: dict[str, Path]) -> Iterator[Picture]:
                     modality="MRI",
                     subject=subject,
                     package=package,
-                    region="brain" if known.get("masked") or subject != "avg-pydeface" else "head",
                     plane=plane,
                     finding="brain tumour" if index in tumour else "",
-                    **known,
+                    **{"region": "brain", **known},
                 )
                 yield Picture(
                     key=f"{package}/{stem}/{plane}/{index:03d}",
@@ -83,6 +97,21 @@ def pictures(root: dict[str, Path]) -> Iterator[Picture]:
             facts=facts,
             make=partial(render_file, root[package] / name),
         )
+    yield from _mosaics(root)
+
+
+def _mosaics(root: dict[str, Path]) -> Iterator[Picture]:
+    for package, name, subject, known, side in _MOSAICS:
+        path = root[package] / name
+        tiles, high = mosaic(path, side)
+        for index in pixels.foreground(tiles, "axial", 0.15 * high, 0.2, 1):
+            yield Picture(
+                key=f"{package}/{subject}/axial/{index:03d}",
+                facts=Facts(
+                    modality="MRI", subject=subject, package=package, region="brain", plane="axial", **known
+                ),
+                make=partial(render_tile, path, side, index),
+            )
 
 
 @functools.lru_cache(maxsize=8)
@@ -108,6 +137,24 @@ def render(path: Path, plane: str, index: int) -> np.ndarray:
 
 
 def render_file(path: Path) -> np.ndarray:
-    """A single-slice DICOM file, u8[h w]."""
+    """A single-slice file, u8[h w]."""
+    if path.suffix == ".gz":  # bare big-endian numbers of 256 x 256 pixels
+        values = np.frombuffer(gzip.decompress(path.read_bytes()), ">u2").reshape(256, 256)
+        return pixels.fit(pixels.percentile_window(values, 0, 99.7))
     header, values = pixels.dicom(path)
     return pixels.fit(pixels.percentile_window(pixels.rescaled(header, values[0]), 0, 99.7))
+
+
+@functools.lru_cache(maxsize=2)
+def mosaic(path: Path, side: int) -> tuple[np.ndarray, float]:
+    """The slices of a mosaic of `side` x `side` tiles as [h w slices], as displayed, and the upper display value."""
+    values = pixels.dicom(path)[1][0]
+    height, width = values.shape[0] // side, values.shape[1] // side
+    tiles = values.reshape(side, height, side, width).transpose(1, 3, 0, 2).reshape(height, width, -1)
+    return tiles, float(np.percentile(values[values > 0], 99.7))
+
+
+def render_tile(path: Path, side: int, index: int) -> np.ndarray:
+    """One slice of a mosaic, u8[h w], at one brightness for the whole volume."""
+    tiles, high = mosaic(path, side)
+    return pixels.fit(pixels.window(tiles[..., index], 0, high))

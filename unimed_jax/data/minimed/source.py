@@ -15,7 +15,7 @@ from unimed_jax.data.minimed import fetch as fetching
 from unimed_jax.data.minimed.captions import PATTERNS, captions
 from unimed_jax.data.minimed.facts import Picture
 from unimed_jax.data.minimed.packages import IMAGES
-from unimed_jax.data.minimed.split import SPLITS, TEST, VAL
+from unimed_jax.data.minimed.split import HOLDOUT, HOLDOUT_PER_SERIES, SPLITS, TEST, VAL
 from unimed_jax.data.record import Caption, Example, hash_patient
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 
@@ -39,8 +39,8 @@ class Minimed:
     Attributes:
         split: "subject" (honest), "final" (the same test subjects, but those of val train, too) or "random" (leaky,
             for the figure that warns of it; the source is then named minimed_leaky).
-        per_series: at most so many pictures of one subject, plane and window outside of the test split, evenly spaced
-            (neighbouring slices say almost the same); 0 = all.
+        per_series: at most so many pictures of one subject, plane and window in train and val, evenly spaced
+            (neighbouring slices say almost the same); 0 = all. The holdout has its own fixed number.
         cache: folder of the fetched packages; default `fetch.cache_dir()`.
     """
 
@@ -72,6 +72,8 @@ class Minimed:
             PATTERNS,
             sorted(TEST),
             sorted(VAL),
+            sorted(HOLDOUT),
+            HOLDOUT_PER_SERIES,
         ]
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
@@ -112,7 +114,7 @@ class Minimed:
             Item(key=p.key, split=choose(p.facts.subject, p.key), picture=p)
             for p in _pictures(str(self._cache))
         ]
-        return thinned(items, self.per_series) if self.per_series else items
+        return thinned(items, self.per_series)
 
     def example(self, item: Item) -> Example:
         """Renders one picture as PNG with its captions, labels and subject."""
@@ -144,25 +146,30 @@ class Minimed:
 
 
 def thinned(items: list[Item], per_series: int) -> list[Item]:
-    """Keeps at most `per_series` evenly spaced items of a subject, plane and window; the test split stays whole.
-
-    Example:
-        >>> [i for i in range(10) if i in {round(k * 9 / 3) for k in range(4)}]  # 4 of 10
-        [0, 3, 6, 9]
+    """Keeps so many evenly spaced items of a subject, plane and window: `per_series` (0 = all) in train and val, the
+    fixed number of split.py in the holdout; the test split stays whole.
     """
+    most = {"test": 0, "holdout": HOLDOUT_PER_SERIES}
     series: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
     for n, item in enumerate(items):
         facts = item.picture.facts
         series[item.split, facts.modality, facts.subject, facts.plane, facts.window].append(n)
     kept: set[int] = set()
     for (split, *_), members in series.items():
-        few = split == "test" or len(members) <= per_series
-        last = max(1, per_series - 1)
-        chosen = (
-            range(len(members)) if few else (round(k * (len(members) - 1) / last) for k in range(per_series))
-        )
-        kept.update(members[k] for k in chosen)
+        kept.update(members[k] for k in evenly(len(members), most.get(split, per_series)))
     return [item for n, item in enumerate(items) if n in kept]
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """At most `most` evenly spaced numbers below `n`, first and last among them; all for `most` = 0.
+
+    Example:
+        >>> evenly(10, 4), evenly(3, 0)
+        ([0, 3, 6, 9], [0, 1, 2])
+    """
+    if not most or n <= most:
+        return list(range(n))
+    return [round(k * (n - 1) / max(1, most - 1)) for k in range(most)]
 
 
 @functools.lru_cache(maxsize=1)

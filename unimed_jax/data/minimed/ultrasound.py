@@ -1,4 +1,4 @@
-"""Ultrasound: two echocardiography clips and single frames, cropped to the scan so that no burned-in text remains."""
+"""Ultrasound: clips and single frames, cropped to the scan so that no burned-in text remains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unimed_jax.data.minimed import pixels
 from unimed_jax.data.minimed.facts import Facts, Picture
 
 _STEP = 2  # every second frame of a clip: neighbours are 1/30 s apart
-# (package, file, subject, facts, crop: top, bottom, left, right in pixels)
+# (package, file, subject, facts, crop: top, bottom, left, right in pixels, and other frames than _STEP's)
 _CLIPS: tuple[tuple[Any, ...], ...] = (
     (
         "pydicom-data",
@@ -46,14 +46,36 @@ _CLIPS: tuple[tuple[Any, ...], ...] = (
         (150, 665, 130, 900),
     ),
     ("pydicom-data", "gdcm-US-ALOKA-16.dcm", "aloka", {"region": "pelvis"}, (78, 412, 36, 630)),
+    (
+        "pydicom-data",
+        "color-pl.dcm",
+        "acme-tee",
+        {"region": "heart", "view": "transoesophageal", "doppler": True},
+        (0, 120, 30, 226),
+    ),
+    (
+        "rsna-anonymizer",
+        "us_multi_frame_grayscale/us_multi_frame_grayscale_JPG2000.dcm",
+        "rsna-axilla",
+        {"region": "axilla"},
+        (50, 680, 145, 895),
+        slice(3, None, 5),  # frames 0, 2 and every fifth carry made-up names and dates in the scan itself
+    ),
+    (
+        "rsna-anonymizer",
+        "us_rgb_single_frame/US_RGB_SingleFrame.dcm",
+        "rsna-liver",
+        {"region": "liver"},
+        (75, 425, 215, 452),
+    ),
 )
 
 
 def pictures(root: dict[str, Path]) -> Iterator[Picture]:
     """Lists every ultrasound picture (frames that repeat an earlier one are left out)."""
-    for package, name, subject, known, crop in _CLIPS:
+    for package, name, subject, known, crop, *frames in _CLIPS:
         path = root[package] / name
-        for index in distinct(path)[::_STEP]:
+        for index in distinct(path)[frames[0] if frames else slice(None, None, _STEP)]:
             facts = Facts(modality="Ultrasound", subject=subject, package=package, **known)
             yield Picture(
                 key=f"{package}/{name.rsplit('.', 1)[0]}/{index:03d}",

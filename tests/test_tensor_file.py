@@ -147,6 +147,8 @@ HEADERS = {
     "a number of 5000 digits": (b"{" + A.replace(b"[4]", b"[" + b"9" * 5000 + b"]") + b"}", "no JSON"),
     "deep lists": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     "deep objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+    "half a character in a name": (b"{" + A.replace(b'"a"', rb'"\ud800"') + b"}", "half a character"),
+    "half a character in the metadata": (rb'{"__metadata__":{"x":"\udfff"},' + A + b"}", "half a character"),
     "nothing": (b"", "no JSON object"),
     "zeros": (b"\0" * 64, "no JSON object"),
     "a pickle": (b"\x80\x02cos\nsystem\n.", "no JSON object"),

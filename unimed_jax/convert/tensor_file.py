@@ -53,6 +53,8 @@ def open_safetensors(path: str | Path) -> Mapped:
     metadata = _metadata(path, header.pop("__metadata__", {}))
     if len(header) > MAX_TENSORS:
         _refuse(path, f"{len(header)} tensors are over the limit of {MAX_TENSORS}")
+    if not _is_text("".join([*header, *metadata, *metadata.values()])):
+        _refuse(path, "its header holds half a character")
     start, views, spans = 8 + size, {}, []
     for name, entry in header.items():
         dtype, shape, begin, end = _entry(path, name, entry)
@@ -113,6 +115,15 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is no number")
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be printed; JSON can spell half a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _metadata(path: str | Path, metadata: Any) -> dict[str, str]:

@@ -139,9 +139,8 @@ def _open_part(file: str, parts: tuple[str, ...], cfg: config.Train) -> _Part:
     held = {k.split("/")[0] for k in part.leaves}
     for tower in ("vision", "text"):
         if tower in parts and tower not in held:
-            raise DataError(
-                f"{file} holds no {tower} tower, only {', '.join(sorted(held | part.left.keys()))}"
-            )
+            there = sorted((held | part.left.keys()) & {"vision", "text", "logit_scale"})
+            raise DataError(f"{file} holds no {tower} tower, only {', '.join(there)}")
     if parts[0] == "logit_scale" and parts[0] not in held:
         raise DataError(f"{file} holds no logit_scale", "leave init.logit_scale empty: it starts fresh")
     _fit_positions(part, cfg, file)

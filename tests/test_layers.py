@@ -15,6 +15,7 @@ import pytest
 ROWS = [
     ["cli"],
     ["quickstart"],
+    ["quickstart_scores"],
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
     ["evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
     ["infer", "model_folder", "hub"],

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+import small_model
 
-from unimed_jax import config, quickstart
+from unimed_jax import config, quickstart, quickstart_scores
 from unimed_jax.data.minimed import fetch, packages
+from unimed_jax.data.phantom import Phantom
 from unimed_jax.errors import DataError
+from unimed_jax.evaluate import tasks, zeroshot
+from unimed_jax.infer import Loaded
+from unimed_jax.models import clip, zoo
+
+
+class Records(list):
+    """Examples as a source under a name."""
+
+    name = "records"
 
 
 @pytest.fixture
@@ -66,28 +80,85 @@ def test_one_folder_holds_one_data_set(tmp_path, there, stage):
     assert not (tmp_path / "records" / "tokenizer.json").exists()
 
 
+SCORES = {
+    "pictures": 9,
+    "subjects": 4,
+    "support": {"CT": 8, "X-ray": 1},
+    "seeds": [0.5, 0.7],
+    "mean": 0.6,
+    "low": 0.5,
+    "high": 0.7,
+    "recall": {"CT": 0.25, "X-ray": 1.0},
+    "scratch": 0.4,
+    "references": {"1-NN": {"value": 0.55, "low": 0.5, "high": 0.6}},
+}
+SUMMARY = {
+    "task": "modality",
+    "synthetic": False,
+    "chance": 1 / 6,
+    "holdout": SCORES,
+    "leaky_random_split_1nn_pixels": 0.93,
+    **(SCORES | {"mean": 0.65, "pictures": 18}),
+}
+
+
 def test_the_table_says_what_it_is():
-    summary = {
-        "task": "modality",
-        "synthetic": True,
-        "seeds": [0.5, 0.7],
-        "mean": 0.6,
-        "low": 0.5,
-        "high": 0.7,
-        "scratch": 0.4,
-        "references": {"1-NN": {"value": 0.55, "low": 0.5, "high": 0.6}},
-        "chance": 1 / 6,
-        "leaky_random_split_1nn_pixels": 0.93,
-    }
-    text = quickstart.table(summary)
+    text = quickstart.table(SUMMARY | {"synthetic": True, "holdout": None})
     assert text.startswith("SYNTHETIC DATA")
     for words in (
-        "2 seeds | 0.600 (range 0.500 to 0.700)",
+        "2 seeds | 0.650 (range 0.500 to 0.700)",
         "1-NN | 0.550 (95 % CI",
         "| chance | 0.167",
         "WARNING",
     ):
         assert words in text
+
+
+def test_untouched_subjects_come_first_and_the_older_ones_say_what_they_are():
+    first, second = quickstart.sections(SUMMARY)
+    assert quickstart.UNTOUCHED in first[0]
+    assert first[1] == "9 pictures of 4 subjects."
+    assert ("recall of X-ray, 1 picture", "1.000") in first[2]
+    assert "not untouched" in second[1]
+    assert "18 pictures" in second[1]
+    text = quickstart.table(SUMMARY)
+    assert text.index("0.600 (range") < text.index("not untouched") < text.index("0.650 (range")
+    assert text.count("WARNING") == 1
+
+
+def test_a_seeds_heads_on_shared_features_score_as_its_whole_model_does(tmp_path):
+    """The quickstart's shortcut: frozen towers and linear heads, so the towers run once for all seeds."""
+    m = zoo.get("tiny")
+    heads = dataclasses.replace(
+        m,
+        vision=dataclasses.replace(m.vision, proj="linear"),
+        text=dataclasses.replace(m.text, proj="linear"),
+    )
+    params = jax.tree.map(np.asarray, clip.init(heads, jax.random.key(0)))
+    tokenizer = small_model.tokenizer(tmp_path)
+    whole = Loaded(heads, params, tokenizer, batch_size=8)
+    bare = quickstart_scores.bare_tower(heads, params, tokenizer)
+    source = Phantom(n=24, size=32)
+    records = Records([source.example(i) for i in source.items()])
+    task = tasks.load("phantom_modality")
+    facts = zeroshot.Pool([records]).facts()
+    texts = [p for ps in task.classes.values() for p in ps]
+    part = quickstart_scores.Part(
+        records=records,
+        facts=facts,
+        features=zeroshot.embed(bare, records, range(len(records))),
+        references={},
+    )
+    measured: Any = SimpleNamespace(
+        parts={"holdout": part}, prompts=dict(zip(texts, bare.encode_text(texts), strict=True))
+    )
+    short = quickstart_scores.score(whole, measured, "holdout", task.name)
+    full = zeroshot.evaluate(whole, records, task, resamples=0).tasks[0].metrics
+    assert (short.confusion == full.confusion).all()
+    assert short.subjects == full.subjects
+    found = quickstart_scores.block([short, full], scratch=None, beside={})
+    assert found["seeds"] == [short.values["balanced_accuracy"].value] * 2
+    assert found["recall"] == {k: v.value for k, v in full.recall.items() if full.support[k]}
 
 
 def test_samples_of_an_earlier_run_are_not_predicted(tmp_path):

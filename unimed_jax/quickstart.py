@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from unimed_jax import config
+from unimed_jax import config, quickstart_scores
 from unimed_jax.data import export, shards
 from unimed_jax.data.text import load_tokenizer, train_wordpiece
 from unimed_jax.errors import DataError
-from unimed_jax.evaluate import metrics, references, tasks, zeroshot
+from unimed_jax.evaluate import zeroshot
 from unimed_jax.evaluate.results import Results, write
-from unimed_jax.infer import Loaded, load
-from unimed_jax.train import assemble, features, loop
+from unimed_jax.infer import load
+from unimed_jax.train import loop
 
 MAIN_TASK = {"minimed": "modality", "phantom": "phantom_modality"}
 SYNTHETIC = (
@@ -33,6 +31,13 @@ SYNTHETIC = (
 )
 # Training slices kept of one subject, plane and window: the recipe was chosen on so many, by leaving subjects out.
 PER_SERIES = 16
+HOLDOUT = "holdout"
+# What each split under test is, in the words of summary.md and the report.
+UNTOUCHED = "subjects that neither training nor any choice has seen"
+OLDER = (
+    "The older test subjects: fixed before training and never trained on, but scored once before the last decision "
+    "(to train on the validation subjects, too), so not untouched."
+)
 Tell = Callable[[str], None]
 
 
@@ -44,8 +49,8 @@ class Outcome:
         out: its folder.
         data: "minimed" or "phantom".
         model: the model folder, of the first seed.
-        seeds: main metric of each seed.
-        results: the evaluation of the first seed, with references.
+        seeds: main metric of each seed on the test split.
+        results: the evaluation of the first seed on it, with references.
         summary: everything reported, as in summary.json.
     """
 
@@ -110,10 +115,10 @@ def run(
         runs.append(loop.run(cfg, out / "runs" / f"lit-{seed}").metrics)
     say("training quickstart_scratch: both towers from random weights")
     own = loop.run(with_paths(scratch, out), out / "runs" / "scratch").metrics
-    say("references: nearest neighbours on the same split, and the split that leaks")
+    say("references: nearest neighbours on the same splits, and the split that leaks")
     first = with_paths(lit, out, seed=0, init=towers, features_dir=out / "features")
-    beside, leaky = measure_references(first, say)
-    return _evaluate(out, "minimed", first, runs, say, scratch=own, beside=beside, leaky=leaky)
+    measured = quickstart_scores.measure(first, (first.eval.split, HOLDOUT), MAIN_TASK["minimed"])
+    return _evaluate(out, "minimed", first, runs, say, scratch=own, measured=measured)
 
 
 def _synthetic(out: Path, phantom: config.Train, say: Clock) -> Outcome:
@@ -227,71 +232,6 @@ def with_paths(
     )
 
 
-# -- references -----------------------------------------------------------------------------------------------------
-
-
-def measure_references(
-    cfg: config.Train, say: Clock
-) -> tuple[dict[str, dict[str, metrics.Metrics]], metrics.Metrics]:
-    """1-NN on raw pixels and on the frozen tower's features, for every task; and the leaky split's 1-NN on pixels.
-
-    The neighbours are the training records, every fixed crop of them: what the model was trained on, too.
-    """
-    parts = assemble.assemble(cfg)
-    assert isinstance(parts.data, features.FeaturePipeline)
-    train, views = parts.data.blocks.sources[0], cfg.data.views
-    test = shards.Shards(shards.find_sources(Path(cfg.data.root))["minimed"], cfg.eval.split)
-    assert parts.data.image is not None
-    train_features = parts.data.image.reshape(len(train), views, -1)
-    bare = dataclasses.replace(
-        cfg.model,
-        embed_dim=cfg.model.vision.width,
-        vision=dataclasses.replace(cfg.model.vision, proj="none"),
-        text=dataclasses.replace(cfg.model.text, proj="none"),
-    )
-    params = assemble.first_params(parts)
-    for tower in ("vision", "text"):
-        params[tower] = {k: v for k, v in params[tower].items() if k != "proj"}
-    tower = Loaded(bare, params, parts.tokenizer, batch_size=32)
-    test_features = zeroshot.embed(tower, test, range(len(test)))
-    train_pixels, test_pixels = _pixels(train), _pixels(test)
-    train_facts, test_facts = zeroshot.Pool([train]).facts(), zeroshot.Pool([test]).facts()
-    found: dict[str, dict[str, metrics.Metrics]] = {}
-    for name in cfg.eval.tasks:
-        task = tasks.load(name)
-        rows, columns = tasks.select(task, train_facts), tasks.select(task, test_facts)
-        labels, truth = np.array(list(rows.values())), np.array(list(columns.values()))
-        groups = [test_facts[i].patient or test_facts[i].key for i in columns]
-        sides = {
-            "1-NN on DINOv2-S features": (
-                train_features[list(rows)].reshape(len(rows) * views, -1),
-                np.repeat(labels, views),
-                test_features[list(columns)],
-            ),
-            "1-NN on raw pixels": (train_pixels[list(rows)], labels, test_pixels[list(columns)]),
-        }
-        found[name] = {
-            method: references.nearest_neighbour_metrics(
-                x, y, z, truth, list(task.classes), groups, resamples=cfg.eval.bootstrap
-            )
-            for method, (x, y, z) in sides.items()
-        }
-    task = tasks.load(MAIN_TASK["minimed"])
-    rows, columns = tasks.select(task, train_facts), tasks.select(task, test_facts)
-    pooled = np.concatenate([train_pixels[list(rows)], test_pixels[list(columns)]])
-    labels = np.array([*rows.values(), *columns.values()])
-    leaky = references.leaky_split(pooled, labels, list(task.classes))
-    for method, m in found[task.name].items():
-        say(f"  {method}: balanced accuracy {m.values['balanced_accuracy'].text()}")
-    return found, leaky
-
-
-def _pixels(records: Any) -> np.ndarray:
-    from unimed_jax.data import images
-
-    return references.thumbnails(np.stack([images.eval_image(e.image, 64) for e in records]))
-
-
 # -- evaluation and what is left behind ------------------------------------------------------------------------------
 
 
@@ -303,52 +243,81 @@ def _evaluate(
     say: Clock,
     *,
     scratch: dict[str, Any] | None = None,
-    beside: dict[str, dict[str, metrics.Metrics]] | None = None,
-    leaky: metrics.Metrics | None = None,
+    measured: quickstart_scores.Measured | None = None,
 ) -> Outcome:
     from unimed_jax.evaluate import report
 
+    main = MAIN_TASK[data]
     run_folder = out / "runs" / ("lit-0" if data == "minimed" else "phantom")
-    say("evaluating zero-shot on subjects that no training saw")
-    test = shards.Shards(shards.find_sources(out / "records")[data], cfg.eval.split)
     model = load(run_folder / "model")
-    results = zeroshot.evaluate(
-        model, test, cfg.eval.tasks, resamples=cfg.eval.bootstrap, references=beside or {}
-    )
+    pages, untouched = [], None
+    if measured is not None:
+        say(f"evaluating zero-shot on {UNTOUCHED}")
+        untouched, fresh = _holdout(out, cfg, model, len(runs), measured)
+        fresh.save(out / HOLDOUT, force=True)
+        pages += report.from_run(out / HOLDOUT)["tasks"]
+        for page in pages:
+            page["title"] += f", {UNTOUCHED}"
+    say("evaluating zero-shot on the test subjects, which no training saw")
+    test = shards.Shards(shards.find_sources(out / "records")[data], cfg.eval.split)
+    beside = {} if measured is None else measured.parts[cfg.eval.split].references
+    results = zeroshot.evaluate(model, test, cfg.eval.tasks, resamples=cfg.eval.bootstrap, references=beside)
     results.save(out / "eval", force=True)
     model.save(out / "model", force=True)
-    main = MAIN_TASK[data]
     seeds = [float(r[f"eval/{main}"]) for r in runs]
+    own = quickstart_scores.block(
+        [results.tasks[0].metrics],
+        scratch=None if scratch is None else float(scratch[f"eval/{main}"]),
+        beside=beside.get(main, {}),
+    ) | {"seeds": seeds, "mean": sum(seeds) / len(seeds), "low": min(seeds), "high": max(seeds)}
+    own["recall"] = {}  # of the first seed only, and in eval/
     summary = {
         "data": data,
         "synthetic": data == "phantom",
         "task": main,
         "metric": "balanced_accuracy",
         "chance": results.tasks[0].task.chance,
-        "seeds": seeds,
-        "mean": float(np.mean(seeds)),
-        "low": min(seeds),
-        "high": max(seeds),
-        "scratch": None if scratch is None else float(scratch[f"eval/{main}"]),
-        "references": {
-            name: m.values["balanced_accuracy"].json() for name, m in (beside or {}).get(main, {}).items()
-        },
-        "leaky_random_split_1nn_pixels": None if leaky is None else leaky.values["balanced_accuracy"].value,
+        "holdout": untouched,
+        **own,
+        "leaky_random_split_1nn_pixels": None
+        if measured is None
+        else measured.leaky.values["balanced_accuracy"].value,
     }
     write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     write(out / "summary.md", table(summary))
     samples = save_samples(test, results, out / "samples")
     say(f"wrote {len(samples)} single pictures to {out / 'samples'}")
+    stored = report.from_run(out / "eval")
     page = report.from_run(run_folder) | {
-        **{k: v for k, v in report.from_run(out / "eval").items() if k in ("facts", "tasks")},
+        "facts": stored["facts"],
+        "tasks": [*pages, *stored["tasks"]],
         "title": "Quickstart" + (" on SYNTHETIC data" if data == "phantom" else ""),
         "subtitle": "Zero-shot recognition of images of subjects that no training saw, by unimed_jax"
-        + (f"; below the first table, the first of {len(seeds)} seeds" if len(seeds) > 1 else ""),
+        + (f"; below the tables, the first of {len(seeds)} seeds" if len(seeds) > 1 else ""),
         "warning": SYNTHETIC if data == "phantom" else "",
-        "summary": {"title": f"{main.replace('_', ' ')}: balanced accuracy", "rows": rows(summary)},
+        "summaries": [
+            {"title": title, "note": note, "rows": lines} for title, note, lines in sections(summary)
+        ],
     }
     report.write(page, out / "report.html")
     return Outcome(out=out, data=data, model=out / "model", seeds=seeds, results=results, summary=summary)
+
+
+def _holdout(
+    out: Path, cfg: config.Train, model: Any, seeds: int, measured: quickstart_scores.Measured
+) -> tuple[dict[str, Any], Results]:
+    """The untouched subjects: every seed's score for summary.json, and the first seed's whole evaluation."""
+    main, part = MAIN_TASK["minimed"], measured.parts[HOLDOUT]
+    fresh = zeroshot.evaluate(
+        model, part.records, cfg.eval.tasks, resamples=cfg.eval.bootstrap, references=part.references
+    )
+    models = (load(out / "runs" / f"lit-{seed}" / "model") for seed in range(seeds))
+    own = [quickstart_scores.score(m, measured, HOLDOUT, main) for m in models]
+    scratch = zeroshot.evaluate(load(out / "runs" / "scratch" / "model"), part.records, main, resamples=0)
+    found = quickstart_scores.block(
+        own, scratch=scratch.tasks[0].main.value, beside=part.references.get(main, {})
+    )
+    return found | {"first_seed": fresh.tasks[0].main.json()}, fresh
 
 
 def save_samples(test: Any, results: Results, folder: Path) -> list[Path]:
@@ -370,31 +339,51 @@ def save_samples(test: Any, results: Results, folder: Path) -> list[Path]:
     return sorted(made)
 
 
-def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """The table of a summary: (method, balanced accuracy)."""
+def rows(scores: dict[str, Any], chance: float) -> list[tuple[str, str]]:
+    """One split's table: (method, balanced accuracy)."""
     number = lambda x: f"{x:.3f}"
-    spread = f"{summary['mean']:.3f} (range {summary['low']:.3f} to {summary['high']:.3f})"
-    n = len(summary["seeds"])
+    spread = f"{scores['mean']:.3f} (range {scores['low']:.3f} to {scores['high']:.3f})"
+    n = len(scores["seeds"])
     found = [(f"this model, zero-shot, {n} seed{'s' if n > 1 else ''}", spread)]
-    if summary["scratch"] is not None:
-        found.append(("both towers from scratch, zero-shot", number(summary["scratch"])))
-    for name, v in summary["references"].items():
+    if scores["scratch"] is not None:
+        found.append(("both towers from scratch, zero-shot", number(scores["scratch"])))
+    for name, v in scores["references"].items():
         interval = f" (95 % CI {v['low']:.3f} to {v['high']:.3f})" if v["low"] is not None else ""
         found.append((name, number(v["value"]) + interval))
-    found.append(("chance", number(summary["chance"])))
-    if summary["leaky_random_split_1nn_pixels"] is not None:
-        found.append(
-            (
-                "WARNING, not a result: 1-NN on raw pixels under a random split, which puts slices of one subject on "
-                "both sides",
-                number(summary["leaky_random_split_1nn_pixels"]),
-            )
-        )
+    found.append(("chance", number(chance)))
+    for name, recall in scores["recall"].items():
+        count = scores["support"][name]
+        found.append((f"recall of {name}, {count} picture{'s' if count > 1 else ''}", number(recall)))
     return found
 
 
+def sections(summary: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """All tables of a summary, the untouched subjects first: (title, note, rows)."""
+    task = summary["task"].replace("_", " ")
+    size = lambda s: f"{s['pictures']} pictures of {s['subjects']} subjects"
+    older = rows(summary, summary["chance"])
+    if summary["leaky_random_split_1nn_pixels"] is not None:
+        older.append(
+            (
+                "WARNING, not a result: 1-NN on raw pixels under a random split, which puts slices of one subject on "
+                "both sides",
+                f"{summary['leaky_random_split_1nn_pixels']:.3f}",
+            )
+        )
+    fresh = summary["holdout"]
+    if fresh is None:
+        return [(f"{task}, unseen subjects: balanced accuracy", "", older)]
+    return [
+        (f"{task}, {UNTOUCHED}: balanced accuracy", size(fresh) + ".", rows(fresh, summary["chance"])),
+        (f"{task}, older test subjects: balanced accuracy", f"{OLDER} {size(summary)}.", older),
+    ]
+
+
 def table(summary: dict[str, Any]) -> str:
-    """summary.md: the same table in Markdown."""
-    lines = [f"| {summary['task']}, unseen subjects | balanced accuracy |", "|---|---|"]
-    lines += [f"| {a} | {b} |" for a, b in rows(summary)]
-    return "\n".join([*([SYNTHETIC, ""] if summary["synthetic"] else []), *lines]) + "\n"
+    """summary.md: the same tables in Markdown."""
+    parts = [SYNTHETIC] if summary["synthetic"] else []
+    for title, note, lines in sections(summary):
+        head, _, metric = title.rpartition(": ")
+        body = [f"| {head} | {metric} |", "|---|---|", *(f"| {a} | {b} |" for a, b in lines)]
+        parts += [*([note] if note else []), "\n".join(body)]
+    return "\n\n".join(parts) + "\n"

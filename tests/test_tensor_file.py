@@ -163,7 +163,7 @@ def test_headers_that_cannot_be(tmp_path, fault):
 
 
 def test_names_stay_on_one_line(tmp_path):
-    name = "a\nb\x1b[2J\ud800" + "x" * 5000
+    name = "a\nb\x1b[2J" + "x" * 5000
     header = json.dumps({name: entry(0, 16, [-1])}).encode()
     assert refusal(safetensors(tmp_path / "a.safetensors", header, DATA), "no possible shape").isprintable()
 

@@ -169,7 +169,8 @@ def _gray(
         slope = _header(ds, k, "PixelValueTransformationSequence", "RescaleSlope")
         intercept = _header(ds, k, "PixelValueTransformationSequence", "RescaleIntercept")
         slope = 1.0 if slope is None else float(slope)
-        values = pixels * slope + (0.0 if intercept is None else float(intercept))
+        values = pixels * slope
+        values += 0.0 if intercept is None else float(intercept)  # in place: a frame may take 256 MB
     if not np.isfinite(values).all():
         raise ValueError("values are not finite")
     if window is not None:
@@ -222,10 +223,9 @@ def _refuse_unpictured(name: str, ds: Any) -> int:
         raise DataError(
             f"{name}: the header describes no picture ({rows} x {columns} x {samples}, {frames} frames)"
         )
-    if rows * columns > limits.MAX_IMAGE_PIXELS:
-        raise DataError(
-            f"{name}: {rows} x {columns} pixels are too many", f"at most {limits.MAX_IMAGE_PIXELS}"
-        )
+    most = limits.MAX_GRAY_PIXELS if samples == 1 else limits.MAX_IMAGE_PIXELS
+    if rows * columns > most:
+        raise DataError(f"{name}: {rows} x {columns} pixels are too many", f"at most {most}")
     return frames
 
 

@@ -37,6 +37,7 @@ NORMALIZE: dict[str, tuple[tuple[float, float, float], tuple[float, float, float
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM")
 _WIDE = ("I", "F")  # Pillow's modes of more than 8 bits a pixel start with these
 _GRAY = {"L", "1"}
+_BAND = 256  # rows that are converted at once
 
 
 class TooLarge(DataError):
@@ -85,23 +86,28 @@ def open_image(data: bytes, *, where: str = "") -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):  # also where any value is NaN
         raise DataError("the picture has pixels that are not finite")
-    low, high = values.min(), values.max()
-    return Image.fromarray(
-        np.rint((values - low) * (255.0 / (high - low) if high > low else 0.0)).astype(np.uint8)
-    )
+    scale = 255.0 / (high - low) if high > low else 0.0
+    out = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), _BAND):  # the largest picture takes 512 MB as float64, more than once
+        out[top : top + _BAND] = np.rint((values[top : top + _BAND].astype(np.float64) - low) * scale)
+    return Image.fromarray(out)
 
 
 def image_format(data: bytes) -> str:
     """The format by the content, in lower case ('jpeg', 'png', ...).
 
     Raises:
+        TooLarge: for so many pixels that Pillow does not even look at them.
         DataError: for bytes of no allowed format.
     """
     try:
         name = Image.open(io.BytesIO(data), formats=FORMATS).format or ""
+    except Image.DecompressionBombError as e:
+        raise TooLarge(f"the picture: {e}") from e
     except Exception as e:  # as in `open_image`
         raise DataError("the picture has an unknown format or a damaged header") from e
     return "jpeg" if name == "MPO" else name.lower()

@@ -82,6 +82,8 @@ def read(
     data = path.read_bytes()
     try:
         images.image_format(data)
+    except images.TooLarge:
+        raise DataError(f"{path.name}: too many pixels", f"at most {limits.MAX_IMAGE_PIXELS}") from None
     except DataError:
         raise DataError(
             f"{path.name}: is no picture of a known format", f"known: {', '.join(KINDS)}"
@@ -97,19 +99,25 @@ def _nifti(path: Path, window: tuple[float, float] | None, slices: Slices) -> li
         shape, axes = volume.shape, nibabel.io_orientation(volume.affine)
         if len(shape) < 3 or np.isnan(axes).any() or volume.get_data_dtype().names:
             raise ValueError("no gray volume with an orientation")
-        if max(shape[0] * shape[1], shape[1] * shape[2], shape[0] * shape[2]) > limits.MAX_IMAGE_PIXELS:
-            raise ValueError("too large")
+        if max(shape[0] * shape[1], shape[1] * shape[2], shape[0] * shape[2]) > limits.MAX_GRAY_PIXELS:
+            raise images.TooLarge(
+                f"{path.name}: slices of {' x '.join(map(str, shape[:3]))} voxels are too large",
+                f"at most {limits.MAX_GRAY_PIXELS} pixels each",
+            )
         up = int(np.flatnonzero(axes[:, 0] == 2)[0])  # the axis of the file that runs from foot to head
         pictures = []
         for k in slices.pick(shape[up]):
             place = tuple(k if a == up else slice(None) if a < 3 else 0 for a in range(len(shape)))
-            plane = np.nan_to_num(np.asarray(volume.dataobj[place], np.float64))
+            plane = np.require(volume.dataobj[place], np.float64, "W")
+            np.nan_to_num(plane, copy=False)
             gray = windows.apply(plane, *window) if window else windows.stretch(plane)
             gray = _face_up(gray, [axes[a] for a in range(3) if a != up])
             rule = "option" if window else "percentile"
             pictures.append(
                 Picture(data=gray, kind="nifti", frame=k, frames=shape[up], window=rule, where=path.name)
             )
+    except images.TooLarge:
+        raise
     except Exception as e:
         raise DataError(f"{path.name}: cannot read the volume ({type(e).__name__})") from None
     return pictures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Num, UInt8
@@ -21,6 +22,7 @@ WINDOWS: dict[str, tuple[float, float]] = {  # name: (centre, width) in Hounsfie
     "subdural": (75, 215),
 }
 _PERCENTILES = (0.5, 99.5)
+_BAND = 256  # rows
 
 
 def parse_window(text: str) -> tuple[float, float] | None:
@@ -60,14 +62,22 @@ def apply(
         [[0, 128, 255, 255]]
     """
     if function == "SIGMOID":
-        share = 1 / (1 + np.exp(np.clip(-4 * (x - centre) / width, -60, 60)))
-    elif function == "LINEAR_EXACT":
-        share = (x - centre) / width + 0.5
-    elif width <= 1:
-        share = (x > centre - 0.5).astype(np.float64)
-    else:
-        share = (x - (centre - 0.5)) / (width - 1) + 0.5
-    return (np.clip(share, 0, 1) * 255 + 0.5).astype(np.uint8)
+        return _to_8_bits(x, lambda v: 1 / (1 + np.exp(np.clip(-4 * (v - centre) / width, -60, 60))))
+    if function == "LINEAR_EXACT":
+        return _to_8_bits(x, lambda v: (v - centre) / width + 0.5)
+    if width <= 1:
+        return _to_8_bits(x, lambda v: (v > centre - 0.5).astype(np.float64))
+    return _to_8_bits(x, lambda v: (v - (centre - 0.5)) / (width - 1) + 0.5)
+
+
+def _to_8_bits(
+    x: Num[np.ndarray, "h w"], share: Callable[[np.ndarray], np.ndarray]
+) -> UInt8[np.ndarray, "h w"]:
+    """Shares of the range to 0..255, in bands of rows: a large picture would take gigabytes of intermediates."""
+    out = np.empty(x.shape, np.uint8)
+    for top in range(0, len(x), _BAND):
+        out[top : top + _BAND] = np.clip(share(x[top : top + _BAND]), 0, 1) * 255 + 0.5
+    return out
 
 
 def stretch(x: Num[np.ndarray, "h w"], valid: np.ndarray | None = None) -> UInt8[np.ndarray, "h w"]:
@@ -77,12 +87,14 @@ def stretch(x: Num[np.ndarray, "h w"], valid: np.ndarray | None = None) -> UInt8
         >>> stretch(np.array([[0.0, 50.0, 100.0]])).tolist()
         [[0, 128, 255]]
     """
-    inside = x[valid] if valid is not None and valid.any() else x
-    low, high = np.percentile(inside, _PERCENTILES)
+    inside = x[valid] if valid is not None and valid.any() else x.flatten()  # a copy, which may be reordered
+    low, high = np.percentile(inside, _PERCENTILES, overwrite_input=True)
     if low == high:
         low, high = inside.min(), inside.max()
-    share = (x - low) / (high - low) if high > low else np.zeros(x.shape)
-    return (np.clip(share, 0, 1) * 255 + 0.5).astype(np.uint8)
+    del inside
+    if not high > low:
+        return np.zeros(x.shape, np.uint8)
+    return _to_8_bits(x, lambda v: (v - low) / (high - low))
 
 
 def upper_bits(x: Num[np.ndarray, "..."], bits: int) -> UInt8[np.ndarray, "..."]:

@@ -607,7 +607,9 @@ def test_final_split_and_thinning():
     def item(n: int, subject: str, part: str) -> module.Item:
         facts = Facts(modality="CT", subject=subject, package="p", plane="axial", window="lung")
         return module.Item(
-            key=f"{subject}/{n}", split=part, picture=Picture(key="k", facts=facts, make=lambda: None)
+            key=f"{subject}/{n}",
+            split=part,
+            picture=Picture(key="k", facts=facts, make=lambda: np.zeros((1, 1), np.uint8)),
         )
 
     items = [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
+from pathlib import Path
 
 import numpy as np
 
@@ -26,9 +29,16 @@ TOWERS = {
 
 
 def params(m: config.Model, seed: int = 0) -> clip.Params:
+    """Random weights; nothing is compiled and nothing traced twice."""
     rng = np.random.default_rng(seed)
-    flat = clip.flatten(clip.skeleton(m)[1])
-    return clip.unflatten({k: rng.normal(size=v.shape).astype(np.float32) for k, v in flat.items()})
+    shapes = _shapes(json.dumps(config.to_dict(m)))
+    return clip.unflatten({k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()})
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(settings: str) -> dict[str, tuple[int, ...]]:
+    m = config.from_dict(config.Model, json.loads(settings))
+    return {k: v.shape for k, v in clip.flatten(clip.skeleton(m)[1]).items()}
 
 
 def state(m: config.Model, form: str, p: clip.Params) -> dict[str, np.ndarray]:
@@ -83,3 +93,19 @@ def random_model(rng: np.random.Generator, form: str) -> config.Model:
         )
         text.eot_id = pick(-1, text.vocab_size - 1)
     return config.Model(name="random", embed_dim=embed, vision=vision, text=text)
+
+
+def golden() -> dict[str, tuple[str, dict[str, tuple[int, ...]]]]:
+    """(format, shape by name) of released files and of open_clip's own module, from tests/golden."""
+    file = Path(__file__).parent / "golden" / "state_dicts.json"
+    out = {}
+    for name, entry in json.loads(file.read_text()).items():
+        shapes: dict[str, tuple[int, ...]] = {}
+        for key, value in entry["tensors"].items():
+            if isinstance(value, dict):
+                shapes |= {key.replace("{i}", str(i)): tuple(value["shape"]) for i in range(value["layers"])}
+            else:
+                shapes[key] = tuple(value)
+        assert len(shapes) == entry["count"]
+        out[name] = (entry["format"], shapes)
+    return out

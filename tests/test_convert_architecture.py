@@ -37,7 +37,7 @@ def hidden(m: config.Model, towers=("vision", "text")) -> dict:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(1))  # test_convert_source.py opens thirty more
 def test_random_architectures_are_found(form, seed):
     rng = np.random.default_rng([seed, FORMS.index(form)])
     m = random_model(rng, form)

@@ -170,7 +170,12 @@ def infer(
     if known.get("text.context_length", 0) > known.get("text.max_positions", math.inf):
         known["text.context_length"] = known["text.max_positions"]
     if model is not None:
-        hard = {k: v for k, v in (implied | said).items() if k.rpartition(".")[2] not in _SOFT}
+        firm = {
+            k: v
+            for k, v in implied.items()
+            if found[k.split(".")[0]].firm or k == "text.kind" or k in _FORMAT_IMPLIES.get(format_, {})
+        }
+        hard = {k: v for k, v in (firm | said).items() if k.rpartition(".")[2] not in _SOFT}
         theirs = {k: v for k, v in flat(model).items() if k in hard}
         _refuse_contradictions(where, hard, theirs, "the file", f"model {model.name!r}")
         return Inferred(
@@ -281,7 +286,10 @@ def _see_common(shapes: Shapes, table: Table, norms: tuple[str, ...]) -> tuple[d
     kind = "linear" if linear else "mlp" if mlp or see("proj/up/kernel") else None
     if kind not in table.proj:
         kind = "none" if "none" in table.proj else table.proj[0]
-    embed = (linear or mlp or (None,))[-1] if kind != "none" else width
+    head = linear or mlp or (None,)
+    if kind == "linear" and width and head[0] != width:  # damaged: the other tower knows better
+        head = (None,)
+    embed = head[-1] if kind != "none" else width
     fields = {
         "width": width,
         "depth": mapping.depth(shapes, table) or None,

@@ -73,8 +73,9 @@ class Table:
     rename: tuple[tuple[str, str], ...] = ()  # (regex, replacement) for older spellings, before matching
     absent: tuple[str, ...] = ()  # regexes of our leaves that the format does not have
     proj: tuple[str, ...] = ("none",)  # kinds of head that the format can have
-    # Fields of the tower's config that the format itself decides, because its reader has no other choice.
+    # Fields of the tower's config that the format's reader takes when nothing else is said.
     implies: Mapping[str, Any] = field(default_factory=dict)
+    firm: bool = True  # whether it has no other choice; kind of tower always is
 
     def spelled(self, key: str) -> str:
         """The key in the table's own spelling."""

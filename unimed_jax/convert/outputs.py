@@ -29,7 +29,7 @@ _NO_DUAL = (
     "VisionTextDualEncoderModel takes BERT's pooler (dense layer and tanh) and one matrix as its text features, this"
     " model the [CLS] state and its own head"
 )
-_REFUSED = {
+REFUSED = {
     "hf-dual": _NO_DUAL,
     "vision-text-dual-encoder": _NO_DUAL,
     "VisionTextDualEncoderModel": _NO_DUAL,
@@ -203,8 +203,8 @@ def write(
 def _writer(to: str, m: config.Model) -> Writer:
     part = lambda name: " (vision tower only)" if name == "hf-vision" else ""
     can = ", ".join(f"--to {name}{part(name)}" for name in possible(m))
-    if to in _REFUSED:
-        raise UsageError(f"{to} cannot hold {m.name}: {_REFUSED[to]}", f"these can, exactly: {can}")
+    if to in REFUSED:
+        raise UsageError(f"{to} cannot hold {m.name}: {REFUSED[to]}", f"these can, exactly: {can}")
     if to not in WRITERS:
         raise UsageError(
             f"no format {to!r}.{did_you_mean(to, WRITERS)}", f"one of {', '.join(WRITERS)}, native"

@@ -57,9 +57,9 @@ class Source:
     facts: dict[
         str, Any
     ]  # what a training checkpoint says of itself, and settings that were assumed; JSON values
-    optimizer: (
-        Mapping[str, Any] | None
-    )  # state of torch's optimizer as read, when the file is a training checkpoint
+    # State of torch's optimizer as read, when the file is a training checkpoint.
+    optimizer: Mapping[str, Any] | None
+    weights: Path = Path()  # the file that holds the tensors, or their index
     tables: dict[str, Table] = field(default_factory=dict)  # by tower
     release: Callable[[], None] = lambda: None  # gives the pages read so far back to the system
 
@@ -258,6 +258,7 @@ def _build(found: _Found, named: config.Model | None, fallback: config.Model | N
         ignored=ignored,
         facts=found.facts | assumed,
         optimizer=optimizer,
+        weights=found.weights,
         tables=info.tables,
         release=release,
     )

@@ -148,6 +148,7 @@ OPENCLIP_HF_TEXT = _hf_text(
     "text.",
     proj=("mlp", "linear", "none"),
     implies=_BERT_IMPLIES,
+    firm=False,
 )
 UNIMED_TEXT = _hf_text(
     "UniMed-CLIP text tower",
@@ -187,6 +188,7 @@ OPENCLIP_VISION = Table(
     owns=r"visual\..*",
     proj=("linear",),
     implies={"ln_eps": 1e-5, "pool": "cls", "normalize": "openai"},
+    firm=False,
 )
 
 _TIMM_BLOCK = "visual.trunk.blocks.{i}"
@@ -232,6 +234,7 @@ def _clip_text(name: str, prefix: str) -> Table:
         ignore=((rf"{dotted}attn_mask", "attention mask buffer"),),
         proj=("linear",),
         implies={"kind": "clip", "ln_eps": 1e-5, "pool": "eot", "eot_id": -1, "dropout": 0.0, "pad_id": 0},
+        firm=False,
     )
 
 

@@ -54,6 +54,14 @@ def torch_seeds() -> list[bytes]:
     return [_saved(torch.save, tree, pickle_protocol=p) for tree in trees for p in (2, 4)]
 
 
+def legacy_seeds() -> list[bytes]:
+    """The same as torch wrote it before version 1.6."""
+    import torch
+
+    trees = [torch.load(io.BytesIO(raw), weights_only=False) for raw in torch_seeds()[::2]]
+    return [_saved(torch.save, tree, _use_new_zipfile_serialization=False) for tree in trees]
+
+
 def script_seeds() -> list[bytes]:
     """A small scripted module, in float32 and float16."""
     import torch
@@ -231,6 +239,19 @@ def pickles(rng: random.Random, raw: bytes) -> bytes:
     return _repacked(rng, raw, change)
 
 
+def legacy_pickles(rng: random.Random, raw: bytes) -> bytes:
+    """The same file with one of its five pickles changed."""
+    stream, starts = io.BytesIO(raw), [0]
+    for _ in range(5):
+        for _ in pickletools.genops(stream):
+            pass
+        starts.append(stream.tell())
+    parts = [raw[a:b] for a, b in itertools.pairwise([*starts, len(raw)])]
+    i = rng.choice((1, 2, 3, 3, 3, 3, 4))
+    parts[i] = rng.choice((opcodes, opcodes, opcodes, flip, integers, splice))(rng, parts[i])
+    return b"".join(parts)
+
+
 WORDS = (
     None, True, -1, 0, 1, 2**31, 2**53, 2**63, 10**30, 0.5, "", "F32", "BF16", "U8", "../x", [], [0], [2, 2], {},
     "\ud800",
@@ -271,13 +292,16 @@ def index_values(rng: random.Random, raw: bytes) -> bytes:
     return json.dumps(json_values(rng, json.loads(raw))).encode()
 
 
-def whole(raw: bytes) -> bool:
+def whole(raw: bytes, original: bytes) -> bool:
     """Whether the mutations that parse a file, archive or JSON, still can."""
     try:
-        if raw[8:9] == b"{":
+        if original[8:9] == b"{":
             return isinstance(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]), dict)
-        if raw[:1] == b"{":
+        if original[:1] == b"{":
             return isinstance(json.loads(raw), dict)
+        if original[:1] == b"\x80":
+            stream = io.BytesIO(raw)
+            return all(list(pickletools.genops(stream)) for _ in range(5))
         with zipfile.ZipFile(io.BytesIO(raw)) as z:
             content = {n: z.read(n) for n in z.namelist()}
             return bool(
@@ -291,6 +315,7 @@ BYTES: tuple[Mutate, ...] = (truncate, flip, integers, splice)
 # Reader -> its seeds, its mutations, and the name that its file must have.
 READERS: dict[str, tuple[Callable[[], list[bytes]], tuple[Mutate, ...], str]] = {
     "torch": (torch_seeds, (*BYTES, zip_fields, zip_fields, records), "a.pt"),
+    "legacy": (legacy_seeds, (*BYTES, *(legacy_pickles,) * 6), "a.pt"),
     "torchscript": (script_seeds, (*BYTES, zip_fields, records, pickles), "a.pt"),
     "pickle": (torch_seeds, (pickles,), "a.pt"),
     "safetensors": (safetensors_seeds, (*BYTES, *(safetensors_header,) * 4), "a.safetensors"),
@@ -300,9 +325,9 @@ READERS: dict[str, tuple[Callable[[], list[bytes]], tuple[Mutate, ...], str]] = 
 
 def mutated(rng: random.Random, originals: list[bytes], mutations: tuple[Mutate, ...]) -> bytes:
     """One of the files, changed one to three times."""
-    raw = rng.choice(originals)
+    raw = original = rng.choice(originals)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         raw = rng.choice(mutations)(rng, raw)
-        if not whole(raw):
+        if not whole(raw, original):
             break
     return raw

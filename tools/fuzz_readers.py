@@ -1,6 +1,6 @@
 """Mutates checkpoint files and checks that the readers only ever open or refuse them.
 
-    python tools/fuzz_readers.py --n 100000 --seed 0 [--reader torch torchscript pickle safetensors index]
+    python tools/fuzz_readers.py --n 100000 --seed 0 [--reader torch legacy torchscript pickle safetensors index]
 
 Per reader, N damaged files are opened and every value of them is looked at. Each must open, or be refused with one line
 that names the file; nothing may take 10 s, use memory beyond a fixed allowance, run code, or open another file. A

@@ -10,18 +10,16 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-import numpy as np
-
 from unimed_jax.convert.mapped import shown
+from unimed_jax.convert.plain import KEYS, Invalid, bare, check_plain
 from unimed_jax.errors import DataError
 
+MAX_PICKLE = 32 * 2**20  # bytes of a whole pickle; 2000 tensors need 0.2 MB
 MAX_STEPS = 1_000_000  # instructions; 2000 tensors need about 70 000
 MAX_WORK = 8  # arguments of all calls, in values and characters, per byte of the file (and the steps on top)
 MAX_TEXT = 2**20  # bytes of one string
 MAX_INT = 32  # bytes of one integer
 MAX_NAME = 512  # bytes of a module's or class's name
-MAX_DEPTH = 64  # of nested containers
-MAX_VALUES = 1_000_000  # in the result, shared ones counted each time
 _REMEDY = "get the weights as a plain state dict or as safetensors from a source that you trust"
 
 
@@ -38,10 +36,6 @@ class Known:
 
     def __init__(self, name: str, call: Callable[[tuple], Any] | None = None, *, new: bool = False):
         self.name, self.call, self.new = name, call, new
-
-
-class Invalid(Exception):
-    """Raised by `Known.call` and by `persistent` for arguments that make no sense; the words say why."""
 
 
 def load(
@@ -61,19 +55,38 @@ def load(
     Raises:
         DataError: for a name outside the table, an instruction that is not needed, a limit passed, or damage.
     """
-    machine = _Machine(data, where, find, persistent)
+    value, end = load_first(data, where, find, persistent)
+    if end != len(data):
+        raise DataError(f"{where} is no readable checkpoint: bytes follow its end (byte {end})", _REMEDY)
+    return value
+
+
+def load_first(
+    data: bytes,
+    where: str,
+    find: Callable[[str], Any],
+    persistent: Callable[[Any], Any] | None = None,
+    *,
+    start: int = 0,
+) -> tuple[Any, int]:
+    """As `load`, for a pickle at `start` that others may follow; also gives the byte after its end.
+
+    Raises:
+        DataError: as `load`.
+    """
+    machine = _Machine(data, where, find, persistent, start)
     try:
         machine.run()
+        check_plain(machine.result)
     except Invalid as e:
         machine.fail(str(e))
-    _check_plain(machine.result, machine)
-    return machine.result
+    return machine.result, machine.at
 
 
 class _Machine:
-    def __init__(self, data: bytes, where: str, find, persistent):
+    def __init__(self, data: bytes, where: str, find, persistent, start: int):
         self.data, self.where, self.find, self.persistent = data, where, find, persistent
-        self.at = 0
+        self.at = start
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -88,7 +101,7 @@ class _Machine:
         raise DataError(f"{self.where} is no readable checkpoint: {why} (byte {self.at})", _REMEDY)
 
     def forbid(self, name: str) -> NoReturn:
-        raise DataError(f"{self.where} contains {_bare(name)}; not executed", _REMEDY)
+        raise DataError(f"{self.where} contains {bare(name)}; not executed", _REMEDY)
 
     def run(self) -> None:
         data, steps = self.data, 0
@@ -104,8 +117,6 @@ class _Machine:
             if handler is None:
                 self.fail(f"instruction {_REFUSED.get(code, hex(code))} is not supported; not executed")
             handler(self)
-        if self.at != len(data):
-            self.fail("bytes follow its end")
 
     def spend(self, values: Any) -> None:
         """Counts what a call will look at: one large value must not be handed to a thousand calls."""
@@ -164,12 +175,6 @@ class _Machine:
         if value is None:
             self.forbid(name)
         self.stack.append(value)
-
-
-def _bare(name: str) -> str:
-    """A name as it is when it looks like one."""
-    plain = len(name) <= 100 and all(part.isidentifier() for part in name.split("."))
-    return name if plain else shown(name)
 
 
 # One function per instruction: pickletools' names, in its groups.
@@ -276,7 +281,7 @@ def set_items(target: Any, flat: list[Any]) -> None:
     if type(target) is not dict or len(flat) % 2:
         raise Invalid("keys and values are put into what is no dict")
     for key, value in zip(flat[::2], flat[1::2], strict=True):
-        if type(key) not in _KEYS:
+        if type(key) not in KEYS:
             raise Invalid(f"a {type(key).__name__} as a key")
         if key in target:
             raise Invalid(f"it holds the key {shown(key)} twice")
@@ -317,7 +322,7 @@ def _reduce(m: _Machine) -> None:
     args, known = m.pop(), m.pop()
     if not isinstance(known, Known) or known.call is None or not isinstance(args, tuple):
         m.fail(
-            f"it applies {known.name if isinstance(known, Known) else 'what is no function'}; not executed"
+            f"it applies {bare(known.name) if isinstance(known, Known) else 'what is no function'}; not executed"
         )
     m.spend(args)
     m.stack.append(known.call(args))
@@ -327,7 +332,7 @@ def _newobj(m: _Machine) -> None:
     args, known = m.pop(), m.pop()
     if not isinstance(known, Known) or not known.new or args != ():
         m.fail(
-            f"it makes an object of {known.name if isinstance(known, Known) else 'no class'}; not executed"
+            f"it makes an object of {bare(known.name) if isinstance(known, Known) else 'no class'}; not executed"
         )
     made: dict[str, Any] = {}
     m.objects[id(made)] = made
@@ -393,34 +398,4 @@ _REFUSED = {
         b"\x91": "FROZENSET", b"\x96": "BYTEARRAY8", b"\x97": "NEXT_BUFFER", b"\x98": "READONLY_BUFFER",
     }.items()
 }  # fmt: skip
-_KEYS = {str, int, float, bool, type(None)}  # others can be costly to hash
 _SIZED = (str, bytes, list, tuple, dict)
-_LEAVES = _KEYS | {bytes, np.ndarray}
-
-
-def _check_plain(value: Any, m: _Machine) -> None:
-    """Refuses what is not plain, holds itself, is nested deeply, or is large once shared parts are written out."""
-    sizes: dict[int, int] = {}
-    open_now: set[int] = set()
-
-    def size(value: Any, depth: int) -> int:
-        kind = type(value)
-        if kind in _LEAVES:
-            return 1
-        if kind not in (dict, list, tuple):
-            m.fail(f"it holds {getattr(value, 'name', kind.__name__)} as a value")
-        if id(value) in sizes:
-            return sizes[id(value)]
-        if id(value) in open_now:
-            m.fail("a value holds itself")
-        if depth > MAX_DEPTH:
-            m.fail(f"it is nested more than {MAX_DEPTH} deep")
-        open_now.add(id(value))
-        n = 1 + sum(size(v, depth + 1) for v in (value.values() if kind is dict else value))
-        open_now.discard(id(value))
-        if n > MAX_VALUES:
-            m.fail(f"it has more than {MAX_VALUES} values")
-        sizes[id(value)] = n
-        return n
-
-    size(value, 0)

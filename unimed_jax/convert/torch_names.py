@@ -10,7 +10,8 @@ import numpy as np
 
 from unimed_jax.convert import pickle_reader
 from unimed_jax.convert.mapped import MAX_BYTES, shown
-from unimed_jax.convert.pickle_reader import Invalid, Known
+from unimed_jax.convert.pickle_reader import Known
+from unimed_jax.convert.plain import Invalid
 
 STORAGES: dict[str, np.dtype] = {
     f"torch.{name}Storage": np.dtype(dtype)

@@ -7,7 +7,6 @@ archives is never looked at: their modules are opened as tables of attributes.
 
 from __future__ import annotations
 
-import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -16,31 +15,24 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from unimed_jax.convert import pickle_reader, torch_names, zip_directory
-from unimed_jax.convert.mapped import MAX_BYTES, MAX_DIMS, FileMap, Mapped, shown
-from unimed_jax.convert.pickle_reader import Invalid, Known
+from unimed_jax.convert import pickle_reader, torch_legacy, zip_directory
+from unimed_jax.convert.mapped import FileMap, Mapped, shown
+from unimed_jax.convert.pickle_reader import MAX_PICKLE
+from unimed_jax.convert.plain import Invalid
+from unimed_jax.convert.torch_tensors import Builder
 from unimed_jax.errors import DataError
 
-MAX_PICKLE = 32 * 2**20  # bytes of data.pkl; 2000 tensors need 0.2 MB
-MAX_TENSORS = 100_000
-MAX_SHARED = 16  # tensors may together show this many times the file's size
 RESAVE = "torch.save(torch.load(f, weights_only=True), g) writes the current format"
 _CHUNK = 2**24
 _KEY = re.compile(r"[0-9A-Za-z_]{1,64}")
 
 # What a file that is no torch archive begins with (at which byte), and what to say of it.
 _OTHERS: tuple[tuple[int, bytes, str, str], ...] = (
-    (0, b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "was saved by torch < 1.6 as a bare pickle", RESAVE),
     (0, b"\x93NUMPY", "is a NumPy file, not a checkpoint", "give the checkpoint"),
     (257, b"ustar", "is a tar archive, torch's format before 0.2", RESAVE),
     (0, b"\x1f\x8b", "is packed with gzip", "unpack it first"),
     (0, b"\x89HDF", "is an HDF5 file", "give a PyTorch or safetensors file"),
-    (
-        0,
-        b"version https://git-lfs",
-        "is a Git LFS pointer, not the weights",
-        "fetch the file itself: git lfs pull",
-    ),
+    (0, b"version https://git-lfs", "is a Git LFS pointer, not the weights", "git lfs pull fetches the file"),
     (0, b"<", "is a web page, not the weights", "download the file itself"),
     (8, b"{", "is a safetensors file by another name", "rename it to end in .safetensors"),
 )
@@ -51,7 +43,8 @@ class TorchFile:
 
     Args:
         path: the file.
-        kind: "zip" for what torch.save writes, "torchscript" for what torch.jit.save writes.
+        kind: "zip" for what torch.save writes, "legacy" for what it wrote before torch 1.6, "torchscript" for what
+            torch.jit.save writes.
         tree: its content: dict, list, tuple, str, bytes, int, float, bool, None and read-only arrays.
         file: the map below the arrays.
     """
@@ -92,13 +85,15 @@ def open_torch(path: str | Path, *, verify_crc: bool = False) -> TorchFile:
     """Opens a checkpoint; nothing but its description is read until an array is used.
 
     Args:
-        path: `.pt`, `.pth`, `.bin`: what torch.save (1.6 or newer) or torch.jit.save wrote.
+        path: `.pt`, `.pth`, `.bin`: what torch.save or torch.jit.save wrote.
         verify_crc: also compare every storage with its checksum, which reads the whole file.
 
     Raises:
         DataError: for another format, damage, or content that is no plain checkpoint: named, never executed.
     """
     file = FileMap(path)
+    if file.bytes(0, len(torch_legacy.MAGIC)) == torch_legacy.MAGIC:
+        return TorchFile(file.path, "legacy", torch_legacy.read(file), file)
     if file.bytes(0, 4) != b"PK\3\4":
         _refuse_other(file)
     records = zip_directory.read(file)
@@ -110,7 +105,7 @@ def open_torch(path: str | Path, *, verify_crc: bool = False) -> TorchFile:
     archive = _Archive(file, records, found[0].removesuffix("data.pkl"), verify_crc)
     archive.check_layout()
     data = archive.small("data.pkl", MAX_PICKLE)
-    tree = pickle_reader.load(data, str(path), archive.find, archive.storage)
+    tree = pickle_reader.load(data, str(path), archive.builder.find, archive.builder.storage)
     return TorchFile(file.path, archive.kind, tree, file)
 
 
@@ -120,23 +115,10 @@ def _refuse_other(file: FileMap) -> NoReturn:
             raise DataError(f"{file.path} {words}", remedy)
     if file.bytes(0, 1) == b"\x80" and file.size <= MAX_PICKLE:
         # A bare pickle is refused in any case; a name in it that could do harm is worth saying.
-        pickle_reader.load(file.bytes(0, file.size), str(file.path), _Archive(file, {}, "", False).find)
+        pickle_reader.load(file.bytes(0, file.size), str(file.path), Builder(file, None).find)
     if file.bytes(0, 1) == b"\x80":
         raise DataError(f"{file.path} is a bare pickle, not a PyTorch checkpoint", RESAVE)
     raise DataError(f"{file.path} is no PyTorch checkpoint", "give a .pt, .pth, .bin or .safetensors file")
-
-
-class _Storage(pickle_reader.Shell):
-    """A flat run of numbers in the file."""
-
-    name = "a storage"
-    __slots__ = ("dtype", "nbytes", "start")
-
-    def __init__(self, start: int, nbytes: int, dtype: np.dtype):
-        self.start, self.nbytes, self.dtype = start, nbytes, dtype
-
-    def build(self, state: Any) -> None:
-        raise Invalid("a storage has a state")
 
 
 class _Archive:
@@ -148,20 +130,8 @@ class _Archive:
         self.file, self.records, self.prefix, self.verify_crc = file, records, prefix, verify_crc
         script = f"{prefix}constants.pkl" in records or any(n.startswith(f"{prefix}code/") for n in records)
         self.kind = "torchscript" if script else "zip"
-        self.left = MAX_SHARED * file.size  # bytes that tensors may still show
-        self.tensors_left = MAX_TENSORS
         self.checked: set[str] = set()
-        self.known: dict[str, Any] = {**torch_names.COMMON, **{n: Known(n) for n in torch_names.STORAGES}}
-        self.known |= {
-            f"torch._utils.{n}": Known(f"torch._utils.{n}", c) for n, c in self._rebuilders().items()
-        }
-        if script:
-            self.known |= torch_names.SCRIPT
-
-    def find(self, name: str) -> Any:
-        if self.kind == "torchscript" and name.startswith("__torch__."):
-            return Known(name, new=True)
-        return self.known.get(name)
+        self.builder = Builder(file, self.place, script=script)
 
     def small(self, name: str, limit: int) -> bytes:
         """The whole of a record that is read at once."""
@@ -196,26 +166,18 @@ class _Archive:
         if not version.strip().isdigit():
             raise DataError(f"{self.file.path} has no readable version: {shown(version)}", "save it again")
 
-    def storage(self, pid: Any) -> _Storage:
-        """The storage that a persistent id names: ("storage", type, key, location, number of elements)."""
-        match pid:
-            case ("storage", Known(name=kind), str(key), str() | None, int(count)) if (
-                kind in torch_names.STORAGES
-            ):
-                pass
-            case _:
-                raise Invalid("a persistent id names no storage")
-        dtype = torch_names.STORAGES[kind]
+    def place(self, key: str, nbytes: int) -> int:
+        """Where a storage begins."""
         record = self.records.get(f"{self.prefix}data/{key}") if _KEY.fullmatch(key) else None
         if record is None:
             raise Invalid(f"there is no storage {shown(key)}")
         self._check_stored(record)
-        if count < 0 or count * dtype.itemsize != record.size:
-            raise Invalid(f"storage {shown(key)} has {record.size} bytes, not {count} x {dtype.itemsize}")
+        if nbytes != record.size:
+            raise Invalid(f"storage {shown(key)} has {record.size} bytes, not {nbytes}")
         if self.verify_crc and key not in self.checked:
             self._verify(record)
             self.checked.add(key)
-        return _Storage(record.start, record.size, dtype)
+        return record.start
 
     def _verify(self, record: zip_directory.Record) -> None:
         crc = 0
@@ -224,52 +186,3 @@ class _Archive:
             self.file.release()
         if record.crc and crc != record.crc:
             self._wrong_crc(record)
-
-    def _rebuilders(self) -> dict[str, Any]:
-        return {
-            "_rebuild_tensor": self._tensor,
-            "_rebuild_tensor_v2": self._tensor,
-            "_rebuild_tensor_v3": self._tensor_v3,
-            "_rebuild_parameter": torch_names.parameter,
-            "_rebuild_parameter_with_state": torch_names.parameter,
-        }
-
-    def _tensor(self, args: tuple) -> np.ndarray:
-        match args:
-            case (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_):
-                return self._view(storage, storage.dtype, offset, shape, strides)
-        raise Invalid("a tensor without storage, offset, size and stride")
-
-    def _tensor_v3(self, args: tuple) -> np.ndarray:
-        match args:
-            case (_Storage() as s, int(offset), tuple(shape), tuple(strides), _, _, str(name), *_) if (
-                name in torch_names.DTYPES
-            ):
-                return self._view(s, torch_names.DTYPES[name], offset, shape, strides)
-        raise Invalid("a tensor without storage, offset, size, stride and type")
-
-    def _view(self, s: _Storage, dtype: np.dtype, offset: int, shape: tuple, strides: tuple) -> np.ndarray:
-        """The strided view that torch would make; offset and strides count elements."""
-        if (
-            len(shape) != len(strides)
-            or len(shape) > MAX_DIMS
-            or not torch_names.are_sizes((offset, *shape, *strides))
-        ):
-            raise Invalid(f"a tensor has no possible shape: {shown((offset, shape, strides))}")
-        if math.prod(n for n in shape if n) * dtype.itemsize > MAX_BYTES:
-            raise Invalid(f"a tensor is impossibly large: {shown(shape)}")
-        count, stored = math.prod(shape), s.nbytes // dtype.itemsize
-        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if offset > stored or (count and last >= stored):
-            raise Invalid(f"a tensor {shown(shape)} reaches outside its storage of {stored} values")
-        if count > stored:
-            raise Invalid(f"a tensor {shown(shape)} repeats a storage of {stored} values")
-        self.tensors_left -= 1
-        if self.tensors_left < 0:
-            raise Invalid(f"it has more than {MAX_TENSORS} tensors")
-        self.left -= count * dtype.itemsize
-        if self.left < 0:
-            raise Invalid(f"its tensors together have more than {MAX_SHARED} times the bytes of the file")
-        step = dtype.itemsize  # the stride of an axis of length 1 means nothing and may be anything
-        steps = tuple(step * (stride if n > 1 else 1) for n, stride in zip(shape, strides, strict=True))
-        return self.file.view(s.start + offset * step, dtype, shape, steps)

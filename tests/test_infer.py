@@ -279,7 +279,12 @@ def test_the_folder_gives_the_model_back(tiny, folder):
     assert spec["format"] == "unimed_jax.model"
     assert spec["extra"] == {"step": 7}
     assert spec["preprocess"]["mean"] == [0.48145466, 0.4578275, 0.40821073]
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert [p.name for p in folder.parent.iterdir()] == ["m"]
 
 
@@ -393,7 +398,8 @@ def test_damaged_folders_are_refused(copy, damage, words):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("unimed-clip-vit-b16", "architecture, not weights"),
+        ("tiny", "architecture, not weights"),
+        ("unimed-clip-vit-b16", "not on this machine: .*unimed-jax models fetch unimed-clip-vit-b16 --out"),
         ("unimed-clip-vitb16", "Did you mean"),
         ("nowhere", "no model"),
     ],

@@ -254,7 +254,8 @@ class Loaded:
         if not hasattr(texts, "shape"):
             if self.tokenizer is None:
                 raise UsageError(
-                    f"model {self.cfg.name} has no tokenizer", "pass token ids, or load a model folder"
+                    f"model {self.cfg.name} has no tokenizer, so it encodes images only",
+                    f"{model_folder.NO_TOKENIZER}; or pass token ids",
                 )
             return self.tokenizer.encode(list(texts), t.context_length)
         tokens = np.asarray(texts)
@@ -391,7 +392,8 @@ def create_model_and_transforms(
     """(model, preprocess_train, preprocess), in open_clip's words.
 
     Args:
-        name: a model folder or run; or a named architecture, which gets random weights and says so.
+        name: a model folder or run; or a named model: with its weights where they were fetched, else with random
+            ones, and says so.
         mesh: devices to share batches over.
         seed: of random weights.
 
@@ -405,7 +407,7 @@ def create_model_and_transforms(
         >>> model.encode_image([preprocess(Image.new("RGB", (64, 48)))]).shape
         (1, 32)
     """
-    if str(name) in zoo.MODELS and not Path(name).exists():
+    if str(name) in zoo.MODELS and not Path(name).exists() and zoo.local(str(name)) is None:
         warnings.warn(f"{name} has random weights: give a model folder for trained ones", stacklevel=2)
         cfg = zoo.get(str(name))
         model = Loaded(cfg, clip.init(cfg, jax.random.key(seed)), mesh=mesh)

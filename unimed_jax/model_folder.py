@@ -47,6 +47,7 @@ def read(path: str | Path, *, ema: bool | None = None) -> Parts:
         DataError: for missing, unexpected, mis-shaped or non-finite weights, a tokenizer that is not the model's, or a
             damaged file; everything that is wrong is listed.
     """
+    path = _named(path)
     text, _, step = str(path).rpartition("@")
     if text and step.isdigit() and not Path(path).exists():
         return _from_run(Path(text), int(step), ema)
@@ -62,13 +63,13 @@ def read(path: str | Path, *, ema: bool | None = None) -> Parts:
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether it is one of our model folders, complete or not: told by what its config.json says."""
-    if not (path / WEIGHTS).is_file():
+    """Whether it is one of our model folders, sound or not; other libraries' config.json names a model_type."""
+    if not (path / WEIGHTS).is_file() or not (path / CONFIG).is_file():
         return False
     try:
-        return str(json.loads((path / CONFIG).read_text("utf-8")).get("format", "")).startswith("unimed_jax.")
-    except (OSError, ValueError, AttributeError):
-        return (path / TOKENIZER).is_file() and not (path / "tokenizer_config.json").is_file()
+        return "model_type" not in json.loads((path / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        return True
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -98,11 +99,14 @@ def _from_elsewhere(path: Path) -> Parts:
     return found.model, found.params(), tokenizer
 
 
+def _named(path: str | Path) -> str | Path:
+    """The folder of a named model's weights, where they were fetched; anything else as it is."""
+    return zoo.local(str(path)) or path
+
+
 def _no_model(path: str) -> UsageError:
     if path in zoo.MODELS:
-        return UsageError(
-            f"{path!r} names an architecture, not weights", "give a model folder or a run folder"
-        )
+        return zoo.absent(path)
     return UsageError(f"no model folder or run at {path!r}.{did_you_mean(path, zoo.MODELS)}", "give a folder")
 
 
@@ -161,6 +165,7 @@ def read_tokenizer(path: str | Path) -> tuple[Tokenizer, int]:
         UsageError: for a named architecture, which has no vocabulary of its own, or a missing folder.
         DataError: for a damaged folder.
     """
+    path = _named(path)
     for folder in (Path(path), Path(path) / "model"):
         if (folder / CONFIG).is_file() and (folder / TOKENIZER).is_file():
             cfg, digest = _read_config(folder)
@@ -171,12 +176,23 @@ def read_tokenizer(path: str | Path) -> tuple[Tokenizer, int]:
     return tokenizer, cfg.text.context_length
 
 
+def describe_origin(path: str | Path) -> list[str]:
+    """Where the weights of a model folder come from, as it says itself: "hub: REPO FILE at REVISION, sha256 ..."."""
+    file = Path(_named(path)) / CONFIG
+    origin = json.loads(file.read_text("utf-8")).get("extra", {}).get("origin", {}) if file.is_file() else {}
+    files = [f for f in origin.get("files", {}).values() if isinstance(f, dict)]
+    lines = [f"hub: {f['repo']} {f['name']} at {f['revision']}, sha256 {f['sha256']}" for f in files]
+    lines += [f"{k}: {origin[k]}" for k in ("licence", "use", "file", "sha256") if origin.get(k)]
+    return lines
+
+
 def verify(path: str | Path) -> None:
     """Compares the files of a model folder, or of a run's, with the SHA-256 that its config.json holds.
 
     Raises:
         DataError: for a file that has changed since it was saved.
     """
+    path = _named(path)
     for folder in (Path(path), Path(path) / "model"):
         if not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
             continue
@@ -243,8 +259,8 @@ def open_tokenizer(path: Path, cfg: config.Model, digest: str = "", where: Path 
         )
     if tokenizer.kind != cfg.text.kind or (tokenizer.kind == "bert" and tokenizer.pad_id != cfg.text.pad_id):
         raise DataError(
-            f"{tokenizer.path} is a {tokenizer.kind} tokenizer with padding {tokenizer.pad_id}, the model's text tower is "
-            f"{cfg.text.kind} with padding {cfg.text.pad_id}",
+            f"{tokenizer.path} is a {tokenizer.kind} tokenizer with padding {tokenizer.pad_id}, the model's text tower "
+            f"is {cfg.text.kind} with padding {cfg.text.pad_id}",
             "use the model's own tokenizer",
         )
     return tokenizer

@@ -97,7 +97,7 @@ def _metaclip(size: str, sha256: str, about: str) -> Origin:
     return Origin(
         weights=File(repo=f"facebook/metaclip-{size}-400m", name="model.safetensors"),
         tokenizer=_CLIP_TOKENIZER,
-        licence=NC,
+        licence=f"{NC} (the repository MetaCLIP)",
         use="non-commercial",
         about=about,
         same={f"{_METACLIP_URL}/{size}_400m.pt": sha256},

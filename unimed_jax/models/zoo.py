@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from pathlib import Path
 
@@ -96,6 +97,19 @@ _MODELS = (
     ),
 )
 MODELS: dict[str, Model] = {m.name: m for m in _MODELS}
+# Single towers with published weights; the other tower of the entry means nothing.
+PARTS: dict[str, Model] = {
+    m.name: m
+    for m in (
+        Model(
+            name="dinov2-s14",
+            embed_dim=384,
+            vision=dataclasses.replace(_DINOV2_S14, image_size=518, proj="none"),
+        ),
+        Model(name="biomedbert-base", embed_dim=768, text=Text(proj="none")),
+        Model(name="biomedbert-large", embed_dim=1024, text=dataclasses.replace(_BERT_LARGE, proj="none")),
+    )
+}
 
 
 def get(name: str) -> Model:
@@ -120,25 +134,32 @@ def models_dir() -> Path:
 
 
 def local(name: str) -> Path | None:
-    """The folder of a named model's weights on this machine; None for anything but a known name.
+    """The folder of a named model's weights, when they are on this machine; None for anything else.
 
-    Raises:
-        UsageError: when they are not here, with the command that fetches them.
+    A file or folder of that name in the working directory comes first: then this is None, too.
 
     Example:
         >>> local("some/folder") is None
         True
     """
-    if name not in MODELS or Path(name).exists():
-        return None
     folder = models_dir() / name
-    if (folder / "config.json").is_file():
-        return folder
+    known = name in MODELS and not Path(name).exists()
+    return folder if known and (folder / "config.json").is_file() else None
+
+
+def absent(name: str) -> UsageError:
+    """What to say of a named model whose weights are not on this machine, with the command that fetches them.
+
+    Example:
+        >>> absent("tiny").cause
+        "'tiny' names an architecture, not weights"
+    """
     if name not in ORIGINS:
-        raise UsageError(
+        return UsageError(
             f"{name!r} names an architecture, not weights", "give a model folder or a run folder"
         )
-    raise UsageError(
-        f"the weights of {name!r} are not on this machine ({folder} is no model folder)",
+    folder = models_dir() / name
+    return UsageError(
+        f"the weights of {name!r} are not on this machine: {folder} is no model folder",
         f"unimed-jax models fetch {name} --out {folder}",
     )

@@ -16,13 +16,13 @@ READERS = ("torch", "legacy", "torchscript", "pickle", "safetensors", "index")
 def test_a_few_thousand_files(repo_root, tmp_path):
     pytest.importorskip("torch")
     done = subprocess.run(
-        [sys.executable, str(repo_root / "tools" / "fuzz_readers.py"), "--n", "700", "--seed", "11"],
+        [sys.executable, str(repo_root / "tools" / "fuzz_readers.py"), "--n", "500", "--seed", "11"],
         capture_output=True, text=True, timeout=200, cwd=tmp_path,
     )  # fmt: skip
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["reader"] for r in results] == list(READERS)
     assert all("failure" not in r for r in results), results
-    assert all(r["opened"] + r["refused"] == 700 and r["opened"] > 5 and r["refused"] > 300 for r in results)
+    assert all(r["opened"] + r["refused"] == 500 and r["opened"] > 5 and r["refused"] > 200 for r in results)
     assert done.returncode == 0, done.stderr
 
 

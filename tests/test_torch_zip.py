@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
@@ -295,24 +296,36 @@ def test_a_file_beyond_4_gb(tmp_path):
     assert w[:: len(w) // 7].sum() == 0
 
 
+def large_safetensors(path: Path, size: int) -> Path:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    hostile.safetensors(path, header)
+    os.truncate(path, 8 + len(header) + size)
+    return path
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_opening_reads_nothing_and_release_gives_back(tmp_path):
-    large(tmp_path / "a.pt", 200 * 2**20)
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_opening_reads_nothing_and_release_gives_back(tmp_path, kind):
+    write, opening = {
+        "torch": (large, "open_torch(path).tensors()"),
+        "safetensors": (large_safetensors, "open_safetensors(path)"),
+    }[kind]
     code = f"""
     import sys
+    from unimed_jax.convert.tensor_file import open_safetensors
     from unimed_jax.convert.torch_zip import open_torch
     def resident():
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) // 1024
-    before = resident()
-    f = open_torch({str(tmp_path / "a.pt")!r})
+    path, before = {str(write(tmp_path / "a", 200 * 2**20))!r}, resident()
+    f = {opening}
     opened = resident() - before
-    w = f.tree["w"]
+    w = f["w"]
     assert w.sum() == 0
     read = resident() - before
     f.release()
     released = resident() - before
     assert w[12345] == 0
-    assert "torch" not in sys.modules and "jax" not in sys.modules and "pickle" not in f.tree
+    assert not {{"torch", "jax"}} & sys.modules.keys()
     print(opened, read, released)
     """
     done = subprocess.run(

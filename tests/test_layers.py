@@ -18,6 +18,7 @@ ROWS = [
     ["quickstart_scores"],
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
     ["evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
+    ["conversion"],
     ["infer", "model_folder", "hub"],
     ["train.checkpoint", "train.assemble", "convert"],
     ["models", "parallel", "train"],

@@ -252,15 +252,15 @@ def open_tokenizer(path: Path, cfg: config.Model, digest: str = "", where: Path 
             f"{tokenizer.path} is not the tokenizer of {where} (digest {tokenizer.digest[:12]}, not {digest[:12]})",
             "restore the tokenizer that the model was saved with",
         )
-    if tokenizer.vocab_size > cfg.text.vocab_size:
-        raise DataError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {cfg.text.vocab_size}",
-            "use the model's own tokenizer",
-        )
     if tokenizer.kind != cfg.text.kind or (tokenizer.kind == "bert" and tokenizer.pad_id != cfg.text.pad_id):
         raise DataError(
             f"{tokenizer.path} is a {tokenizer.kind} tokenizer with padding {tokenizer.pad_id}, the model's text tower "
             f"is {cfg.text.kind} with padding {cfg.text.pad_id}",
+            "use the model's own tokenizer",
+        )
+    if tokenizer.vocab_size > cfg.text.vocab_size:
+        raise DataError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {cfg.text.vocab_size}",
             "use the model's own tokenizer",
         )
     return tokenizer

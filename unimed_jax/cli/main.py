@@ -15,6 +15,7 @@ VERBS = {
     "train": ("train from a config; the same command again resumes", "unimed_jax.cli.train"),
     "eval": ("zero-shot evaluation of a model on records", "unimed_jax.cli.eval"),
     "predict": ("score image files against labels, to CSV", "unimed_jax.cli.predict"),
+    "convert": ("weights from and to PyTorch, OpenCLIP and Hugging Face", "unimed_jax.cli.convert"),
     "data": ("build, check, stats, show", "unimed_jax.cli.data"),
     "models": ("list and show named models, check a model folder", "unimed_jax.cli.models"),
     "report": ("one HTML page of a run or results folder", "unimed_jax.cli.report"),

@@ -169,7 +169,7 @@ def write(
             target exists; without torch for unimed.
         DataError: for weights that do not fit the architecture, a full disk, or a file that does not read back equal.
     """
-    writer, dst = _writer(to, m), Path(dst)
+    writer, dst = writer_for(to, m), Path(dst)
     if dst.exists() and not force:
         raise UsageError(f"{dst} exists", "choose another place, or pass force to replace it")
     if dst.exists() and dst.is_dir() == writer.is_file:
@@ -200,7 +200,12 @@ def write(
     return [dst] if writer.is_file else sorted(dst.iterdir())
 
 
-def _writer(to: str, m: config.Model) -> Writer:
+def writer_for(to: str, m: config.Model) -> Writer:
+    """The writer of a format, when the format can hold the model.
+
+    Raises:
+        UsageError: with the reasons why not and the formats that can; or for an unknown format.
+    """
     part = lambda name: " (vision tower only)" if name == "hf-vision" else ""
     can = ", ".join(f"--to {name}{part(name)}" for name in possible(m))
     if to in REFUSED:

@@ -1,0 +1,303 @@
+"""`unimed-jax convert`, end to end on small models: every route, bit for bit, proof against PyTorch, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_model
+import torch
+import training
+
+import unimed_jax
+from unimed_jax import conversion, model_folder
+from unimed_jax.cli import main
+from unimed_jax.conversion import Request, convert
+from unimed_jax.convert import outputs, source, verify
+from unimed_jax.convert.tensor_file import open_safetensors
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.models import clip
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> Path:
+    """A model folder of UniMed-CLIP's shape, small."""
+    folder = tmp_path_factory.mktemp("native")
+    return small_model.loaded(folder).save(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def clip_like(tmp_path_factory) -> Path:
+    """A model folder whose text tower is OpenAI's kind; without tokenizer."""
+    folder = tmp_path_factory.mktemp("clip")
+    m = small_model.model(
+        text__kind="clip",
+        text__vocab_size=99,
+        text__context_length=16,
+        text__max_positions=16,
+        text__act="quick_gelu",
+        text__ln_eps=1e-5,
+        text__dropout=0.0,
+        text__pool="eot",
+        text__proj="linear",
+    )
+    return model_folder.save(folder / "model", m, small_model.params(m), None)
+
+
+def same_bits(one: Path, other: Path) -> None:
+    a, b = (open_safetensors(p / "model.safetensors") for p in (one, other))
+    assert list(a) == list(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype == np.float32
+        assert np.array_equal(a[name].view(np.uint32), b[name].view(np.uint32)), name
+
+
+def test_openclip_and_back_with_proof(native, tmp_path):
+    there = convert(Request(src=native, dst=tmp_path / "oc", to="openclip", verify=True))
+    assert set(there.verified) == {"vision", "text"}
+    assert max(there.verified.values()) < 1e-5
+    assert (tmp_path / "oc" / "README.md").read_text().startswith("# tiny\n")
+    back = convert(Request(src=tmp_path / "oc", dst=tmp_path / "back", verify=True))
+    assert max(back.verified.values()) < 1e-5
+    assert not back.missing
+    same_bits(native, tmp_path / "back")
+    one, other = unimed_jax.load(native), unimed_jax.load(tmp_path / "back")
+    assert one.tokenizer.digest == other.tokenizer.digest
+    assert np.array_equal(one.encode_text(["a chest x-ray"]), other.encode_text(["a chest x-ray"]))
+
+
+def test_unimed_file_and_back(native, tmp_path):
+    file = tmp_path / "w.pt"
+    assert convert(Request(src=native, dst=file, to="unimed", verify=True)).wrote == [
+        file,
+        tmp_path / "w.pt.md",
+    ]
+    loaded = torch.load(file, weights_only=True)
+    assert {"epoch", "name", "state_dict"} <= set(loaded)
+    assert "text_encoder.proj.2.weight" in loaded["state_dict"]
+    done = convert(Request(src=file, dst=tmp_path / "bare"))
+    assert done.missing == [f"no tokenizer, so only images can be encoded: {model_folder.NO_TOKENIZER}"]
+    same_bits(native, tmp_path / "bare")
+    convert(Request(src=file, dst=tmp_path / "whole", tokenizer=native, verify=True))
+    same_bits(native, tmp_path / "whole")
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "Checked at conversion" in card
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["extra"]["origin"]["sha256"] in card
+
+
+def test_without_a_tokenizer_images_work_and_texts_say_what_is_missing(native, tmp_path, capsys):
+    convert(Request(src=native, dst=tmp_path / "w.pt", to="unimed"))
+    convert(Request(src=tmp_path / "w.pt", dst=tmp_path / "bare"))
+    model = unimed_jax.load(tmp_path / "bare")
+    assert np.array_equal(
+        model.encode_image(small_model.pictures(2)),
+        unimed_jax.load(native).encode_image(small_model.pictures(2)),
+    )
+    with pytest.raises(UsageError, match=r"no tokenizer, so it encodes images only.*|.*"):
+        model.encode_text(["a chest x-ray"])
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        unimed_jax.get_tokenizer(tmp_path / "bare")
+    assert main.dispatch(["models", "check", str(tmp_path / "bare")]) == 0
+    # The folder heals: the same weights, with words.
+    convert(Request(src=tmp_path / "bare", dst=tmp_path / "healed", tokenizer=native))
+    same_bits(native, tmp_path / "healed")
+    assert unimed_jax.load(tmp_path / "healed").encode_text(["a chest x-ray"]).shape == (1, 32)
+    capsys.readouterr()
+
+
+def test_load_takes_foreign_files_and_folders(native, tmp_path):
+    convert(Request(src=native, dst=tmp_path / "w.pt", to="unimed"))
+    convert(Request(src=native, dst=tmp_path / "oc", to="openclip"))
+    want = unimed_jax.load(native).digest
+    assert unimed_jax.load(tmp_path / "w.pt").digest == want
+    found = unimed_jax.load(tmp_path / "oc")
+    assert found.digest == want
+    assert found.tokenizer is not None
+
+
+def test_vision_alone(native, tmp_path):
+    there = convert(Request(src=native, dst=tmp_path / "v", to="hf-vision", verify=True))
+    assert list(there.verified) == ["vision"]
+    with pytest.raises(UsageError, match="holds the vision tower alone"):
+        convert(Request(src=tmp_path / "v", dst=tmp_path / "x"))
+    with pytest.raises(UsageError, match="wants a whole model"):
+        convert(Request(src=tmp_path / "v", dst=tmp_path / "x", to="openclip"))
+    with pytest.raises(UsageError, match=r"--config.init.vision="):
+        unimed_jax.load(tmp_path / "v")
+    tower = tmp_path / "vision.safetensors"
+    convert(Request(src=tmp_path / "v", dst=tower, verify=True))
+    assert not (tmp_path / "x").exists()
+    ours = model_folder.read(native)[1]["vision"]
+    theirs = source.open_source(tower).params()["vision"]
+    for name, leaf in clip.flatten(ours).items():
+        assert np.array_equal(leaf, clip.flatten(theirs)[name]), name
+    convert(Request(src=tmp_path / "v", dst=tmp_path / "v2", to="hf-vision"))
+    assert (tmp_path / "v2" / "config.json").read_text() == (tmp_path / "v" / "config.json").read_text()
+
+
+def test_clip_text_towers(clip_like, tmp_path):
+    done = convert(Request(src=clip_like, dst=tmp_path / "hf", to="hf-clip", verify=True))
+    assert max(done.verified.values()) < 1e-5
+    convert(Request(src=tmp_path / "hf", dst=tmp_path / "back", verify=True))
+    same_bits(clip_like, tmp_path / "back")
+    done = convert(Request(src=clip_like, dst=tmp_path / "oc", to="openclip", verify=True))
+    assert max(done.verified.values()) < 1e-5
+    convert(Request(src=tmp_path / "oc", dst=tmp_path / "again"))
+    same_bits(clip_like, tmp_path / "again")
+
+
+def test_a_bare_state_dict_asks_for_what_it_cannot_show(clip_like, tmp_path):
+    convert(Request(src=clip_like, dst=tmp_path / "oc", to="openclip"))
+    state = {k: torch.from_numpy(np.array(v)) for k, v in source.open_source(tmp_path / "oc").state.items()}
+    torch.save({"module." + k: v for k, v in state.items()}, tmp_path / "bare.pt")
+    with pytest.raises(UsageError, match="act"):
+        convert(Request(src=tmp_path / "bare.pt", dst=tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_averaged_weights_of_a_run(tmp_path):
+    data = training.build_data(tmp_path / "data", n=60)
+    flags = ("--config.duration.steps=4", "--config.optim.warmup.steps=1", "--config.optim.ema_decay=0.5")
+    training.train(data, tmp_path / "run", *flags)
+    convert(Request(src=tmp_path / "run", dst=tmp_path / "ema", ema=True))
+    convert(Request(src=tmp_path / "run", dst=tmp_path / "plain", ema=False))
+    convert(Request(src=f"{tmp_path / 'run'}@4", dst=tmp_path / "step"))
+    same_bits(tmp_path / "ema", tmp_path / "run" / "model")
+    same_bits(tmp_path / "ema", tmp_path / "step")
+    with pytest.raises(AssertionError):
+        same_bits(tmp_path / "ema", tmp_path / "plain")
+    with pytest.raises(UsageError, match="says itself what it is"):
+        convert(Request(src=tmp_path / "run", dst=tmp_path / "x", with_optimizer=True))
+
+
+def test_outputs_that_differ_write_nothing(native, tmp_path, monkeypatch):
+    convert(Request(src=native, dst=tmp_path / "oc", to="openclip"))
+    right = source.Source.params
+
+    def wrong(self):
+        params = right(self)
+        kernel = params["vision"]["blocks"]["attn"]["out"]["kernel"]
+        params["vision"]["blocks"]["attn"]["out"]["kernel"] = kernel.transpose(
+            0, 2, 1
+        )  # square: no shape is wrong
+        return params
+
+    monkeypatch.setattr(source.Source, "params", wrong)
+    with pytest.raises(DataError, match=r"differ from PyTorch's by more than 0.0001: vision"):
+        convert(Request(src=tmp_path / "oc", dst=tmp_path / "x", verify=True))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_written_file_that_differs_is_taken_back(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "LIMIT", 0.0)
+    with pytest.raises(DataError, match="differ from PyTorch"):
+        convert(Request(src=native, dst=tmp_path / "oc", to="openclip", verify=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_faults_of_a_file_are_all_listed_and_nothing_is_written(native, tmp_path):
+    state = dict(outputs.tensors("unimed", *reversed(model_folder.read(native)[:2])))
+    state = {k: torch.from_numpy(np.array(v)) for k, v in state.items()}
+    del state["visual.ln_post.bias"]
+    state["visual.extra.weight"] = torch.zeros(3)
+    state["text_encoder.proj.0.weight"][0, 0] = torch.nan
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(DataError) as refusal:
+        convert(Request(src=tmp_path / "w.pt", dst=tmp_path / "x", model="tiny"))
+    for word in (
+        "missing",
+        "visual.ln_post.bias",
+        "unexpected",
+        "visual.extra.weight",
+        "not finite",
+        "proj.0",
+    ):
+        assert word in refusal.value.cause, refusal.value.cause
+    assert "\n" not in refusal.value.line()
+    assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"to": "opencli"}, 'Did you mean "openclip"'),
+        ({"to": "hf-clip"}, "its text tower is OpenAI's causal transformer"),
+        ({"to": "hf-dual"}, "BERT's pooler"),
+        ({"to": "openclip", "with_optimizer": True}, "holds no optimizer state"),
+        ({"model": "tiny"}, "says itself what it is"),
+        ({"verify": True}, "nothing to compare"),
+    ],
+)
+def test_requests_that_make_no_sense(native, tmp_path, changes, words):
+    with pytest.raises(UsageError) as refusal:
+        convert(Request(src=native, dst=tmp_path / "x", **changes))
+    assert words in refusal.value.line()
+    assert not (tmp_path / "x").exists()
+
+
+def test_targets_are_not_overwritten(native, tmp_path):
+    target = tmp_path / "x"
+    target.mkdir()
+    (target / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists"):
+        convert(Request(src=native, dst=target))
+    for to in ("native", "openclip"):
+        with pytest.raises(UsageError, match="exists and"):
+            convert(Request(src=native, dst=target, to=to, force=True))
+    assert (target / "thesis.txt").read_text() == "mine"
+    with pytest.raises(UsageError, match="both source and target"):
+        convert(Request(src=native, dst=native, force=True))
+    shutil.rmtree(target)
+    convert(Request(src=native, dst=target))
+    convert(Request(src=native, dst=target, force=True))
+    same_bits(native, target)
+
+
+def test_a_tokenizer_of_another_model_is_refused(native, clip_like, tmp_path):
+    small_model.text.train_wordpiece([f"word{i}" for i in range(900)], 900, tmp_path / "words")
+    with pytest.raises(DataError, match="tokens, the model"):
+        convert(Request(src=native, dst=tmp_path / "x", tokenizer=tmp_path / "words"))
+    with pytest.raises(DataError, match="is a bert tokenizer"):
+        convert(Request(src=clip_like, dst=tmp_path / "x", tokenizer=native))
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_line(native, tmp_path, capsys):
+    assert main.dispatch(["convert", str(native), str(tmp_path / "oc"), "--to", "openclip", "--verify"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["read", "arch", "wrote", "verify", "verify", "use"]
+    assert main.dispatch(["convert", str(tmp_path / "oc"), str(tmp_path / "n"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["format"] == "openclip"
+    assert record["wrote"] == [str(tmp_path / "n")]
+    assert record["missing"] == []
+    (tmp_path / "bad.pt").write_bytes(b"\x80\x04K\x01.")
+    for src, dst, code in (("nothing", "y", 2), ("oc", "n", 2), ("bad.pt", "y", 3)):
+        with pytest.raises(SystemExit) as left:
+            main.main(["convert", str(tmp_path / src), str(tmp_path / dst)])
+        assert left.value.code == code
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 1
+        assert errors[0].startswith("unimed-jax: ")
+
+
+@pytest.mark.assets
+def test_real_minilm(assets, tmp_path):
+    tower = tmp_path / "text.safetensors"
+    done = convert(Request(src=assets / "minilm", dst=tower, verify=True))
+    assert done.towers == ("text",)
+    assert done.verified["text"] < 2e-5
+    state = source.open_source(assets / "minilm")
+    again = dict(
+        conversion.outputs.mapping.to_state(
+            source.open_source(tower).params()["text"], state.tables["text"], state.model
+        )
+    )
+    for name, tensor in again.items():
+        assert np.array_equal(np.asarray(state.state[name]).view(np.uint32), tensor.view(np.uint32)), name
+    assert set(again) | set(state.ignored) == set(state.state)

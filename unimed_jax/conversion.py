@@ -1,0 +1,342 @@
+"""Conversion from any known file, folder or run to any format that can hold the model; with proof, when asked for.
+
+Whatever is wrong is found before the target appears; only the comparison with PyTorch of a file that was just written
+comes after it, and takes the file back when it fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from unimed_jax import config, infer, model_folder
+from unimed_jax.convert import card, native, optimizer, outputs, source, verify
+from unimed_jax.data.text import Tokenizer
+from unimed_jax.data.writer import file_sha256, write_text
+from unimed_jax.errors import DataError, UsageError, did_you_mean
+from unimed_jax.models import clip
+
+TARGETS = ("native", *outputs.WRITERS)
+OPTIMIZER = "optimizer.safetensors"
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to convert, and how.
+
+    Attributes:
+        src: a `.pt`, `.bin` or `.safetensors` file, a Hugging Face or OpenCLIP folder, a model folder, or a run
+            (`RUN@STEP` for one step).
+        dst: the folder, or for "unimed" the file, to write. A source of one tower becomes a tower file
+            (`.safetensors`), which `init.vision` and `init.text` of a training take.
+        to: one of `TARGETS`.
+        model: a named architecture, for a source that does not show everything about its own.
+        tokenizer: of the model, where the source has none, or instead of the source's.
+        with_optimizer: bring Adam's moments and the step of a training checkpoint, too.
+        ema: of a run, the averaged weights (True) or the plain ones (False); None: averaged where they were kept.
+        hf_text: name of the text tower on the hub, written into an OpenCLIP folder instead of the folder's own path.
+        verify: compare with PyTorch.
+        force: replace an existing target.
+    """
+
+    src: str | Path
+    dst: str | Path
+    to: str = "native"
+    model: str = ""
+    tokenizer: str | Path = ""
+    with_optimizer: bool = False
+    ema: bool | None = None
+    hf_text: str = ""
+    verify: bool = False
+    force: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Converted:
+    """What a conversion did.
+
+    Attributes:
+        model: the architecture.
+        towers: those that were converted.
+        format: of the source.
+        read: what became of the source's tensors, one line.
+        ignored: the source's tensors that are no weights of the model, with the reason.
+        wrote: files and folders.
+        verified: largest absolute difference from PyTorch by tower; empty when it was not asked for.
+        missing: what the target lacks, one line each, e.g. a tokenizer.
+    """
+
+    model: config.Model
+    towers: tuple[str, ...] = ("vision", "text")
+    format: str = "native"
+    read: str = ""
+    ignored: dict[str, str] = field(default_factory=dict)
+    wrote: list[Path] = field(default_factory=list)
+    verified: dict[str, float] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def convert(request: Request, tell: Tell = lambda line: None) -> Converted:
+    """Reads a model from anywhere and writes it in one format.
+
+    Args:
+        request: what to do.
+        tell: called with lines that say what is going on.
+
+    Raises:
+        UsageError: for a target that exists, a format that cannot hold the model, or something that only the user
+            knows (an activation that no file says, say).
+        DataError: for a file that is damaged or does not fit, everything wrong listed; or for outputs that differ.
+    """
+    r = request
+    if r.to not in (*TARGETS, *outputs.REFUSED):  # those are refused with the reason, once the model is known
+        raise UsageError(f"no format {r.to!r}.{did_you_mean(r.to, TARGETS)}", f"one of {', '.join(TARGETS)}")
+    if Path(r.dst).exists() and not r.force:
+        raise UsageError(f"{r.dst} exists", "choose another target, or --force to replace it")
+    if Path(r.dst).exists() and Path(r.src).exists() and os.path.samefile(r.src, r.dst):
+        raise UsageError(f"{r.src} is both source and target", "choose another target")
+    if r.with_optimizer and r.to != "native":
+        raise UsageError(
+            f"the format {r.to} holds no optimizer state", "--with-optimizer goes with --to native"
+        )
+    return (_foreign if model_folder.is_foreign(r.src) else _own)(r, tell)
+
+
+def describe(m: config.Model, towers: tuple[str, ...] = ("vision", "text")) -> str:
+    """One line: what the towers are.
+
+    Example:
+        >>> from unimed_jax.models import zoo
+        >>> describe(zoo.get("tiny"), ("vision",))
+        'tiny: ViT 64x2, patch 8, 32 px, quick_gelu, head linear 32'
+    """
+    v, t = m.vision, m.text
+    words = {
+        "vision": f"ViT {v.width}x{v.depth}, patch {v.patch_size}, {v.image_size} px, {v.act}, "
+        f"head {v.proj} {m.embed_dim}",
+        "text": f"{t.kind} {t.width}x{t.depth}, {t.vocab_size} words, context {t.context_length}, {t.act}, "
+        f"head {t.proj} {m.embed_dim}",
+    }
+    return f"{m.name}: " + " + ".join(words[tower] for tower in towers)
+
+
+# -- from another library ---------------------------------------------------------------------------------------------
+
+
+def _foreign(r: Request, tell: Tell) -> Converted:
+    if r.ema is not None:
+        raise UsageError(f"{r.src} is no run, so it has no averaged weights", "leave --ema out")
+    found = source.open_source(r.src, model=r.model)
+    m = found.model
+    done = Converted(model=m, towers=found.towers, format=found.format, ignored=found.ignored)
+    tell(f"read    {found.path}  {found.format}")
+    tell(f"arch    {describe(m, found.towers)}")
+    for field_, value in found.facts.get("assumed", {}).items():
+        tell(f"assumed {field_} = {value}")
+    if len(found.towers) == 1:
+        return _tower(r, found, done, tell)
+    if r.to != "native":
+        outputs.writer_for(r.to, m)
+    words = _words(r.tokenizer or found.tokenizer, m)
+    moments = _moments(found) if r.with_optimizer else None
+    params = found.params()
+    done.read = found.report()
+    tell(f"mapped  {done.read}")
+    if r.verify:
+        done.verified = check(found, params, words, tell)
+    origin = _origin(found)
+    _write(r, m, params, words, origin, done, tell, moments)
+    return done
+
+
+def _tower(r: Request, found: source.Source, done: Converted, tell: Tell) -> Converted:
+    """A source that holds one tower becomes a tower file, or another library's model of that tower."""
+    (tower,) = found.towers
+    alone = f"{found.path} holds the {tower} tower alone"
+    others = [to for to, writer in outputs.WRITERS.items() if writer.towers == found.towers]
+    if r.to not in ("native", *others):
+        raise UsageError(
+            f"{alone}, the format {r.to} wants a whole model", f"--to {', '.join(['native', *others])}"
+        )
+    if r.to == "native" and (r.with_optimizer or r.tokenizer or Path(r.dst).suffix != ".safetensors"):
+        raise UsageError(
+            f"{alone}, so it is no model by itself",
+            f"write a tower file, e.g. {tower}.safetensors, or start from it: --config.init.{tower}={found.path}",
+        )
+    params = found.params()
+    done.read = found.report()
+    tell(f"mapped  {done.read}")
+    if r.verify:
+        done.verified = check(found, params, None, tell)
+    origin = _origin(found)
+    if r.to != "native":
+        _write(r, found.model, params, None, origin, done, tell)
+        return done
+    about = {tower: config.to_dict(getattr(found.model, tower)), "origin": dataclasses.asdict(origin)}
+    native.save_tower({tower: params[tower]}, r.dst, about)
+    done.wrote = [Path(r.dst)]
+    tell(f"wrote   {r.dst}")
+    return done
+
+
+def _moments(found: source.Source) -> optimizer.Moments:
+    if found.optimizer is None:
+        raise DataError(
+            f"{found.path} holds weights and no optimizer state", "convert without --with-optimizer"
+        )
+    return optimizer.of_source(found)
+
+
+def _origin(found: source.Source) -> card.Origin:
+    said = {k: v for k, v in found.facts.items() if isinstance(v, (str, int, float))}
+    return card.Origin(
+        file=found.path.name,
+        sha256=file_sha256(found.weights) if found.weights.is_file() else "",
+        format=found.format,
+        note=tuple(f"{k}: {v}" for k, v in sorted(said.items())),
+    )
+
+
+# -- from here --------------------------------------------------------------------------------------------------------
+
+
+def _own(r: Request, tell: Tell) -> Converted:
+    if r.model or r.with_optimizer:
+        raise UsageError(
+            f"{r.src} is a model of this program and says itself what it is",
+            "--model and --with-optimizer go with a PyTorch file",
+        )
+    m, params, words = model_folder.read(r.src, ema=r.ema)
+    words = _words(r.tokenizer, m) if r.tokenizer else words
+    leaves = clip.flatten(params)
+    done = Converted(model=m, read=f"{len(leaves)} leaves")
+    tell(f"read    {r.src}  {done.read}")
+    tell(f"arch    {describe(m)}")
+    if r.to != "native":
+        outputs.writer_for(r.to, m)
+    elif r.verify:
+        raise UsageError("both sides are of this program: there is nothing to compare", "leave --verify out")
+    _write(r, m, params, words, card.Origin(file=Path(r.src).name, format="native"), done, tell)
+    if r.verify and r.to == "native":
+        raise UsageError(
+            "both sides are of this program: there is nothing to compare with", "leave --verify out"
+        )
+    if r.verify:
+        _verify_written(r, m, params, words, done, tell)
+    return done
+
+
+def _verify_written(
+    r: Request, m: config.Model, params: clip.Params, words: Tokenizer | None, done: Converted, tell: Tell
+) -> None:
+    """Compares a file that was just written with the model that it came from; takes it back when it differs."""
+    try:
+        written = source.open_source(r.dst, model=m)
+        done.verified = check(written, params, words, tell)
+    except BaseException:
+        for path in done.wrote:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _words(path: str | Path | None, m: config.Model) -> Tokenizer | None:
+    return model_folder.open_tokenizer(Path(path), m) if path else None
+
+
+def _write(
+    r: Request,
+    m: config.Model,
+    params: clip.Params,
+    words: Tokenizer | None,
+    origin: card.Origin,
+    done: Converted,
+    tell: Tell,
+    moments: optimizer.Moments | None = None,
+) -> None:
+    readme = card.card(
+        m,
+        r.to,
+        place=str(r.dst),
+        origin=origin,
+        tokenizer=words is not None,
+        verified=done.verified,
+        hf_text=r.hf_text,
+    )
+    if words is None and r.to not in ("hf-vision", "unimed"):
+        done.missing.append(f"no tokenizer, so only images can be encoded: {model_folder.NO_TOKENIZER}")
+    about = {k: v for k, v in dataclasses.asdict(origin).items() if v}
+    if r.to == "native":
+
+        def more(folder: Path) -> None:
+            if moments:
+                optimizer.save(folder / OPTIMIZER, moments, m)
+
+        done.wrote = [
+            model_folder.save(
+                r.dst, m, params, words, force=r.force, extra={"origin": about}, readme=readme, more=more
+            )
+        ]
+    else:
+        beside = lambda folder: (folder / model_folder.CARD).write_text(readme, "utf-8")
+        outputs.write(
+            *(r.to, params, m, r.dst),
+            tokenizer=words,
+            force=r.force,
+            hf_text_name=r.hf_text,
+            more=beside,
+        )
+        done.wrote = [Path(r.dst)]
+        if outputs.WRITERS[r.to].is_file:
+            done.wrote.append(Path(f"{r.dst}.md"))
+            write_text(done.wrote[-1], readme)
+    for path in done.wrote:
+        tell(f"wrote   {path}")
+    for line in done.missing:
+        tell(f"missing {line}")
+
+
+# -- proof ------------------------------------------------------------------------------------------------------------
+
+
+def check(
+    reference: source.Source, params: clip.Params, words: Tokenizer | None, tell: Tell
+) -> dict[str, float]:
+    """Compares our outputs with PyTorch's, tower by tower: largest absolute differences.
+
+    Raises:
+        DataError: when one is above `verify.LIMIT`.
+    """
+    found = verify.compare(reference, *encoders(reference.model, params), tokenizer=words)
+    for d in found:
+        what = "images" if d.tower == "vision" else "texts"
+        tell(
+            f"verify  {d.tower}: max |difference| {d.value:.2g} of embeddings up to {d.scale:.2g} "
+            f"({d.n} {what}, float32)  {'OK' if d.ok else 'DIFFERENT'}"
+        )
+    verify.require(found, str(reference.path))
+    return {d.tower: d.value for d in found}
+
+
+def encoders(m: config.Model, params: clip.Params) -> tuple[verify.Encode, verify.Encode]:
+    """Our two towers in float32 as functions on numpy arrays, embeddings not normalised; one tower may be absent."""
+    have = clip.flatten(params)
+    # A tower that the source does not have is never called; it only has to be there.
+    whole = {
+        k: have[k] if k in have else np.zeros(v.shape, np.float32)
+        for k, v in clip.flatten(clip.skeleton(m)[1]).items()
+    }
+    loaded = infer.Loaded(m, clip.unflatten(whole), None)
+    return (
+        lambda pictures: loaded.encode_image(pictures, normalize=False),
+        lambda tokens: loaded.encode_text(tokens, normalize=False),
+    )

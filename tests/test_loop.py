@@ -304,9 +304,10 @@ def test_full_disk_ends_in_one_line(data, tmp_path):
 
 
 def test_dead_reader_process_is_a_fault(data, tmp_path):
-    """kill -9 of a reader: exit 70 with its exit code in one line, soon, and no process left."""
+    """kill -9 of a reader: exit 70 with its exit code in one line, within five seconds, and no process left."""
+    flags = ("data.workers=1", "duration.steps=1000000", "checkpoint.every.steps=1000000")
     p = subprocess.Popen(
-        command(data, tmp_path / "run", "--config.data.workers=1", "--config.duration.steps=1000000"),
+        command(data, tmp_path / "run", *(f"--config.{flag}" for flag in flags)),
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -329,9 +330,9 @@ def test_dead_reader_process_is_a_fault(data, tmp_path):
     finally:
         p.kill()
     assert p.returncode == 70, err
-    assert "9" in err.splitlines()[-1]
+    assert "a data worker process ended with exit code -9 (SIGKILL)" in err.splitlines()[-1]
     assert "Traceback" not in err
-    assert seconds < 30
+    assert seconds < 5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # of a machine of its own
 
 
 def _children(pid: int) -> list[str]:

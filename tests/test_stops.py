@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -113,3 +115,59 @@ def test_a_stuck_reader_is_a_stall(data, tmp_path):
     assert p.returncode == 71, err
     assert "\nunimed-jax: no step for 15 s" in err  # Python's tracker of shared memory has the last word
     assert "most recent call first" in err
+
+
+def test_no_reader_outlives_a_trainer_that_is_killed(data, tmp_path):
+    """kill -9 of the trainer: five seconds later no process of its group is left, and no shared memory of theirs."""
+    p = subprocess.Popen(
+        command(data, tmp_path / "run", "--config.data.workers=2", "--config.duration.steps=1000000"),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    group: dict[int, str] = {}
+    try:
+        end = time.monotonic() + 200
+        while sum("spawn_main" in line for line in group.values()) < 2 and time.monotonic() < end:
+            assert p.poll() is None
+            time.sleep(0.1)
+            group = _group(p.pid)
+        time.sleep(1.5)  # the readers are at work
+        memory = _shared_memory(*_group(p.pid))
+        p.kill()
+        p.wait(timeout=10)
+        end = time.monotonic() + 5
+        while (_group(p.pid) or _left(memory)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not _group(p.pid)
+        assert not _left(memory)
+        assert len(group) >= 3  # the trainer and two readers were there
+    finally:
+        for pid in (p.pid, *_group(p.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        p.wait(timeout=10)
+
+
+def _group(leader: int) -> dict[int, str]:
+    """The living processes of a process group, with their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, group = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            if int(group) == leader and state != "Z":
+                found[int(folder.name)] = (folder / "cmdline").read_text()
+    return found
+
+
+def _shared_memory(*pids: int) -> set[str]:
+    names: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            names |= set(re.findall(r"/dev/shm/(\S+)", Path(f"/proc/{pid}/maps").read_text()))
+    return names
+
+
+def _left(names: set[str]) -> set[str]:
+    return {name for name in names if Path("/dev/shm", name).exists()}

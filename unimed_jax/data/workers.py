@@ -28,7 +28,7 @@ from unimed_jax.errors import Fault, UsageError
 ENDLESS = 1 << 60
 
 ORPHAN_EXIT = 77
-_CLOSE_S = 3.0  # for the clean-up after a dead worker
+_CLOSE_S = 1.0  # for the clean-up after a dead worker
 _WORKER_NAME = "grain-process-prefetch"
 # mallopt's (parameter, value): keep the memory of decoded images instead of returning it to the kernel and faulting
 # it in again for every image; how much this gains depends on the kernel (nothing up to a third was seen).

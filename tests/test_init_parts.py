@@ -195,3 +195,24 @@ def test_a_vision_tower_of_another_width_is_refused(model, metaclip):
     )
     with pytest.raises(DataError, match=r"mis-shaped: .*vision/"):
         start(other, vision=metaclip)
+
+
+def test_a_text_tower_with_other_words_is_refused(model, tmp_path):
+    """Weights of the same shapes whose rows mean other words."""
+    words = small_model.tokenizer(tmp_path / "run")
+    (tmp_path / "bert").mkdir()
+    cfg = config.Train(model=model, init=config.Init(text=str(tmp_path / "bert")))
+    native.refuse_other_words(cfg, words)  # no vocabulary lies there
+    lines = [w for w, _ in sorted(words.vocabulary().items(), key=lambda item: item[1])]
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(lines) + "\n")
+    native.refuse_other_words(cfg, words)  # the same words in another form
+    lines[40], lines[41] = lines[41], lines[40]
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"is number 4\d there, number 4\d in this run \(2 words differ\)"):
+        native.refuse_other_words(cfg, words)
+
+
+def test_a_model_folder_without_tokenizer_may_start_a_run(model, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"format": "unimed_jax.model", "tokenizer": None}))
+    cfg = config.Train(model=model, init=config.Init(model=str(tmp_path)))
+    native.refuse_other_tokenizer(cfg, "a" * 64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -94,6 +96,8 @@ def test_group_sizes_of_the_released_models(name, undecayed, decayed):
     assert [len(g) for g in optimizer.groups_of(shapes)] == [undecayed, decayed]
     assert sum(int(np.prod(s)) for s in shapes.values()) == clip.count(clip.skeleton(m)[1])
     assert optimizer.module_order(shapes) == list(shapes)
+    golden = json.loads((Path(__file__).parent / "golden" / "state_dicts.json").read_text())[name]["tensors"]
+    assert {n: list(s) for n, s in shapes.items()} == golden
 
 
 # -- torch's state dict -----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import numpy as np
 from unimed_jax import config
 from unimed_jax.convert import architecture, mapping, optimizer, positions, source, tensor_file
 from unimed_jax.convert.hf import read_json, read_with_metadata
+from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
 
@@ -315,12 +316,37 @@ def refuse_other_tokenizer(cfg: config.Train, digest: str) -> None:
     Raises:
         DataError: when the model folder names another tokenizer.
     """
-    theirs = folder_settings(cfg.init.model).get("tokenizer", {}).get("digest", "") if cfg.init.model else ""
+    settings = folder_settings(cfg.init.model) if cfg.init.model else {}
+    theirs = (settings.get("tokenizer") or {}).get("digest", "")
     if theirs not in ("", digest):
         raise DataError(
             f"{cfg.init.model} was trained with another tokenizer (sha256 {theirs[:12]}, now {digest[:12]})",
             f"--config.data.tokenizer={cfg.init.model}, and records exported with it",
         )
+
+
+def refuse_other_words(cfg: config.Train, tokenizer: Tokenizer) -> None:
+    """Refuses a text tower beside whose weights lies a vocabulary with other numbers than the run's.
+
+    Other frameworks' folders name no digest, and write the same vocabulary in several forms: numbers are compared.
+
+    Raises:
+        DataError: with a word whose number differs.
+    """
+    for file in filter(None, (cfg.init.model, cfg.init.text)):
+        path = Path(file)
+        folder = path.parent if path.suffix == ".safetensors" else path
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+            continue
+        theirs, ours = Tokenizer(folder).vocabulary(), tokenizer.vocabulary()
+        other = sorted(w for w in theirs.keys() | ours.keys() if theirs.get(w) != ours.get(w))
+        if other:
+            word = next((w for w in other if w in theirs and w in ours), other[0])
+            raise DataError(
+                f"{file} was trained with another vocabulary: {word!r} is number {theirs.get(word, 'none')} there, "
+                f"number {ours.get(word, 'none')} in this run ({len(other):,} words differ)",
+                f"--config.data.tokenizer={folder}, and records exported with it",
+            )
 
 
 def _check(loaded: dict[str, np.ndarray], leaves: dict[str, Any], parts: tuple[str, ...], file: str) -> None:

@@ -77,6 +77,10 @@ class Tokenizer:
             raise DataError(f"the vocabulary {self.path} has no {token}", "give the model's own vocabulary")
         return found
 
+    def vocabulary(self) -> dict[str, int]:
+        """The number of every word."""
+        return self._tokenizer.get_vocab()
+
     def __reduce__(self):
         return type(self), (str(self.path),)
 

@@ -91,6 +91,7 @@ def assemble(cfg: config.Train) -> Parts:
     sources = [s for s in data.blocks.sources if isinstance(s, shards.Shards)]
     run_folder.refuse_other_tokenizer(cfg, tokenizer, sources)
     native.refuse_other_tokenizer(cfg, tokenizer.digest)
+    native.refuse_other_words(cfg, tokenizer)
     total = cfg.duration.steps_for(batch_size=cfg.batch_size, epoch_examples=data.epoch_examples)
     built = assemble_model(cfg, mesh, total, data.epoch_examples)
     parts = Parts(

@@ -263,6 +263,11 @@ def test_too_many_records(tmp_path, monkeypatch):
     refusal(archive(tmp_path / "a.pt", table(w=tensor())), "3 records are over the limit")
 
 
+def test_a_directory_over_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(zip_directory, "MAX_DIRECTORY", 100)
+    refusal(archive(tmp_path / "a.pt", table(w=tensor())), "directory of 183 bytes is over the limit")
+
+
 def test_too_many_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_tensors, "MAX_TENSORS", 2)
     refusal(archive(tmp_path / "a.pt", b"](" + tensor() * 3 + b"e"), "more than 2 tensors")

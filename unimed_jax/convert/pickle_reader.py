@@ -15,7 +15,7 @@ from unimed_jax.convert.plain import KEYS, Invalid, bare, check_plain
 from unimed_jax.errors import DataError
 
 MAX_PICKLE = 32 * 2**20  # bytes of a whole pickle; 2000 tensors need 0.2 MB
-MAX_STEPS = 1_000_000  # instructions; 2000 tensors need about 70 000
+MAX_STEPS = 500_000  # instructions; 2000 tensors need about 70 000
 MAX_WORK = 8  # arguments of all calls, in values and characters, per byte of the file (and the steps on top)
 MAX_TEXT = 2**20  # bytes of one string
 MAX_INT = 32  # bytes of one integer

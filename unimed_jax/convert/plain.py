@@ -9,7 +9,7 @@ import numpy as np
 from unimed_jax.convert.mapped import shown
 
 MAX_DEPTH = 64  # of nested containers
-MAX_VALUES = 1_000_000  # shared ones counted each time
+MAX_VALUES = 500_000  # shared ones counted each time
 KEYS = {str, int, float, bool, type(None)}  # others can be costly to hash
 LEAVES = KEYS | {bytes, np.ndarray}
 

@@ -14,7 +14,8 @@ from typing import NoReturn
 from unimed_jax.convert.mapped import FileMap, shown
 from unimed_jax.errors import DataError
 
-MAX_RECORDS = 200_000
+MAX_RECORDS = 100_000
+MAX_DIRECTORY = 32 * 2**20  # bytes
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
@@ -90,6 +91,8 @@ def _find_directory(file: FileMap) -> tuple[int, int, int]:
         _refuse(file, f"its directory of {size} bytes at {start} does not end where it should, at {end}")
     if count > MAX_RECORDS:
         _refuse(file, f"{count} records are over the limit of {MAX_RECORDS}")
+    if size > MAX_DIRECTORY:
+        _refuse(file, f"a directory of {size} bytes is over the limit of {MAX_DIRECTORY}")
     if count * _CENTRAL.size > size:
         _refuse(file, f"{count} records do not fit into a directory of {size} bytes")
     return start, size, count

@@ -85,6 +85,18 @@ def test_heads_that_nothing_says_are_asked_for():
     assert architecture.infer(shapes_of(odd, "unimed"), fallback=odd).model.vision.heads == 5
 
 
+def test_a_fallback_with_another_text_tower_gives_a_possible_model():
+    """A run's BERT has 12 heads, a CLIP's text tower of width 512 cannot; only its vision tower is wanted."""
+    m = zoo.get("metaclip-b16-400m")
+    found = architecture.infer(shapes_of(m, "openclip-clip"), fallback=config.Model())
+    assert found.model.vision == m.vision
+    assert (found.model.text.width, found.model.text.heads) == (512, 8)
+    clip_run = dataclasses.replace(zoo.get("unimed-clip-vit-b16"), text=m.text)
+    found = architecture.infer(shapes_of(config.Model(), "openclip-bert"), fallback=clip_run)
+    assert found.model.text.pool == "cls"
+    config.validate_model(found.model)
+
+
 def test_the_mean_pooled_bert_is_not_guessed():
     m = config.Model()
     with pytest.raises(UsageError, match=r"vision\.act, text\.pool"):

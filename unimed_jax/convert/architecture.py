@@ -10,17 +10,32 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from unimed_jax import config
-from unimed_jax.convert import mapping, tables
+from unimed_jax.convert import mapping
+from unimed_jax.convert.formats import SCALARS, find_tables, format_of, ignored, split
 from unimed_jax.convert.mapping import Shapes, Table
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import zoo
+
+__all__ = [
+    "SCALARS",
+    "Inferred",
+    "describe",
+    "find_tables",
+    "flat",
+    "format_of",
+    "ignored",
+    "infer",
+    "nearest",
+    "rank",
+    "same",
+    "split",
+]
 
 # The original passes force_quick_gelu, and OpenAI's archives hold no other activation.
 _FORMAT_IMPLIES: dict[str, dict[str, Any]] = {
@@ -32,13 +47,6 @@ _BY_WIDTH = ("unimed", "openclip", "openai")  # formats whose readers compute he
 _BERT_WIDTHS = (768, 1024)  # BERT base and large have heads of 64; smaller ones (MiniLM: 384 / 12) do not
 # A format's value of these is a habit of training, not a part of the function.
 _SOFT = ("dropout", "context_length", "normalize", "pad_id")
-# Keys that belong to no tower, and why they are not taken.
-_IGNORED = (
-    (r"input_resolution|context_length|vocab_size", "number beside OpenAI's weights"),
-    (r"(.*\.)?attn_mask", "attention mask buffer"),
-    (r"(.*\.)?position_ids", "position_ids buffer"),
-)
-SCALARS = ("logit_scale", "logit_bias")
 _HIDDEN = {
     "vision": ("heads", "act", "ln_eps", "pool", "normalize"),
     "text": ("heads", "act", "ln_eps", "pool", "pad_id", "eot_id", "dropout", "context_length"),
@@ -60,76 +68,6 @@ class Inferred:
     def towers(self) -> tuple[str, ...]:
         """Those of vision and text that are there."""
         return tuple(t for t in ("vision", "text") if t in self.tables)
-
-
-def find_tables(keys: Iterable[str]) -> dict[str, Table]:
-    """The format of each tower that the keys belong to; most keys decide.
-
-    Raises:
-        DataError: when no tower is known, or two that never come together.
-    """
-    keys = list(keys)
-    found: dict[str, Table] = {}
-    for tower in ("vision", "text"):
-        votes = {
-            name: sum(re.fullmatch(t.marks, k) is not None for k in keys)
-            for name, t in tables.TABLES.items()
-            if t.tower == tower
-        }
-        best = max(votes, key=lambda name: votes[name])
-        if votes[best]:
-            found[tower] = tables.TABLES[best]
-    if not found:
-        raise DataError(
-            f"no tower is known by these names: {mapping.some(sorted(keys), 8) or 'the file is empty'}",
-            "CLIP, OpenCLIP, UniMed-CLIP, timm ViT, BERT and DINOv2 state dicts are read",
-        )
-    return found
-
-
-def format_of(found: Mapping[str, Table]) -> str:
-    """The name of the format that the towers' tables make together.
-
-    Raises:
-        DataError: for towers that no format holds together.
-    """
-    names = {tower: next(n for n, t in tables.TABLES.items() if t is table) for tower, table in found.items()}
-    for format_, pairs in _FORMATS.items():
-        if all(name in pairs for name in names.values()):
-            return format_
-    raise DataError(f"towers of different formats in one file: {', '.join(sorted(names.values()))}")
-
-
-_FORMATS = {
-    "hf-vision": ("hf_clip_vision",),
-    "hf-clip": ("hf_clip_vision", "hf_clip_text"),
-    "hf-bert": ("hf_bert",),
-    "hf-dinov2": ("hf_dinov2",),
-    "openclip": (
-        "openclip_vision",
-        "timm_vision",
-        "openclip_clip_text",
-        "openclip_custom_clip_text",
-        "openclip_hf_text",
-    ),
-    "unimed": ("openclip_vision", "unimed_text"),
-    "native": ("native_vision", "native_text"),
-}
-
-
-def split(keys: Iterable[str], found: Mapping[str, Table]) -> tuple[dict[str, list[str]], list[str]]:
-    """Each tower's own keys, and those that belong to none (the scalars among them)."""
-    parts: dict[str, list[str]] = {tower: [] for tower in found}
-    rest: list[str] = []
-    for key in keys:
-        owner = next((t for t, table in found.items() if re.fullmatch(table.owns, key)), None)
-        (rest if owner is None or key in SCALARS else parts[owner]).append(key)
-    return parts, rest
-
-
-def ignored(key: str) -> str | None:
-    """Why a key that belongs to no tower is not taken; None when it is no known one."""
-    return next((why for pattern, why in _IGNORED if re.fullmatch(pattern, key)), None)
 
 
 def infer(
@@ -183,10 +121,7 @@ def infer(
         )
     assumed = _heads(known, found, fits) if format_ in _BY_WIDTH else {}
     if fallback is not None:
-        theirs = flat(fallback)
-        assumed |= {
-            f"{t}.{f}": theirs[f"{t}.{f}"] for t in found for f in _HIDDEN[t] if f"{t}.{f}" not in known
-        }
+        assumed |= _fall_back(flat(fallback), known, assumed, found)
     asked = [
         f"{t}.{f}"
         for t in found
@@ -337,6 +272,23 @@ def _heads(known: Mapping[str, Any], found: Mapping[str, Table], fits: tuple[str
         heads = width // _HEAD_WIDTH
         if all(flat(zoo.MODELS[name])[field] == heads for name in fits):
             out[field] = heads
+    return out
+
+
+def _fall_back(
+    theirs: Mapping[str, Any],
+    known: Mapping[str, Any],
+    assumed: Mapping[str, Any],
+    found: Mapping[str, Table],
+) -> dict[str, Any]:
+    """What nothing else says, from another model; its tower may be quite another, and then only has to be possible."""
+    out = {f"{t}.{f}": theirs[f"{t}.{f}"] for t in found for f in _HIDDEN[t] if f"{t}.{f}" not in known}
+    for tower in found:
+        field = f"{tower}.heads"
+        if field in out and known.get(f"{tower}.width", 0) % out[field]:
+            out[field] = assumed.get(field, 1)
+    if out.get("text.pool") == "eot" and known.get("text.kind") == "bert":
+        out["text.pool"] = "cls"
     return out
 
 

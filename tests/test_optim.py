@@ -81,9 +81,7 @@ def test_warmup_in_epochs_is_refused(params):
         optim.make_optimizer(experiment(warmup=config.Duration(epochs=1)), params, 10)
 
 
-@pytest.mark.parametrize(
-    "name", ["unimed-clip-vit-b16", "unimed-clip-vit-l14-336-large-text", "openai-b16"]
-)
+@pytest.mark.parametrize("name", ["unimed-clip-vit-b16", "unimed-clip-vit-l14-336-large-text", "openai-b16"])
 def test_decay_by_name_equals_the_reference_rule_by_dimension(name):
     """The reference decays what has two dimensions or more; stacked leaves have one more than it sees."""
     abstract = clip.skeleton(zoo.get(name))[1]

@@ -219,12 +219,8 @@ class Init:
     vision: str = ""  # file or folder that the vision tower comes from
     text: str = ""
     model: str = ""  # file or folder of a whole model: both towers and the logit scale
-    logit_scale: str = (
-        ""  # file or folder that the temperature comes from; empty = that of init.model, else fresh
-    )
-    resize: str = (
-        ""  # vision positions of another grid: "" refuse | bicubic (UniMed-CLIP) | antialias (OpenCLIP)
-    )
+    logit_scale: str = ""  # where the temperature comes from; empty = init.model, else fresh
+    resize: str = ""  # positions of another grid: "" refuse | bicubic (UniMed-CLIP) | antialias (OpenCLIP)
     optimizer: bool = False  # also Adam's moments and the step of init.model: its run goes on here
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 
 from unimed_jax import config
 from unimed_jax.convert.hf import read_with_metadata
+from unimed_jax.convert.tensor_writer import write_safetensors
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
 
@@ -153,11 +153,13 @@ def from_torch(
         index = {}
         for group, members in zip(groups, names, strict=True):
             index |= dict(zip(members, (int(i) for i in group["params"]), strict=True))
+        if len(set(index.values())) != len(index):
+            raise ValueError("a parameter is in two groups")
         index = {n: i for n, i in index.items() if i in state}  # the others never had a gradient
         first, second = ({n: state[i][k] for n, i in index.items()} for k in ("exp_avg", "exp_avg_sq"))
         steps = {int(state[i]["step"]) for i in index.values()}
         settings = _settings(groups[-1])
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
         raise DataError(
             f"{where} holds no AdamW of {len(shapes)} parameters in the original's groups "
             f"({type(e).__name__}: {str(e)[:80]})",
@@ -183,14 +185,16 @@ def _refuse_others(
 ) -> None:
     if any(g.get("amsgrad") or g.get("maximize") for g in groups):
         raise DataError(f"{where} is AdamW with amsgrad or maximize", "convert the weights only")
-    wrong = [n for n, x in first.items() if not np.shape(x) == np.shape(second[n]) == shapes[n]]
+    is_float = lambda x: x.dtype.kind == "f" or x.dtype.name == "bfloat16"
+    fits = lambda x, shape: isinstance(x, np.ndarray) and x.shape == shape and is_float(x)
+    wrong = [n for n in first if not (fits(first[n], shapes[n]) and fits(second[n], shapes[n]))]
     if wrong:
         raise DataError(
-            f"{where}: the moments of {wrong[0]} have shape {list(np.shape(first[wrong[0]]))}, the weight "
+            f"{where}: the moments of {wrong[0]} are no floating point numbers of the weight's shape "
             f"{list(shapes[wrong[0]])} ({len(wrong)} such)",
             "convert the weights only",
         )
-    if len(steps) != 1:
+    if len(steps) != 1 or min(steps) < 0:
         times = f"{min(steps)} to {max(steps)}" if steps else "0"
         raise DataError(f"{where}: parameters were updated {times} times", "convert the weights only")
 
@@ -253,62 +257,27 @@ def save(file: str | Path, moments: Moments, m: config.Model) -> Path:
     """
     file = Path(file)
     shapes = {p: tuple(x.shape) for p, x in clip.flatten(clip.skeleton(m)[1]).items()}
-    wanted = {f"{k}/{p}": s for k in ("mu", "nu") for p, s in shapes.items()} | {"step": ()}
+    wanted = {f"{k}/{p}": s for k in ("mu", "nu") for p, s in shapes.items()}
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        yield "step", np.asarray(moments.step, np.int64)
         for kind, leaves in (("mu", moments.first), ("nu", moments.second)):
             for path, x in leaves():
                 if not np.isfinite(x).all():
                     raise DataError(f"{kind}/{path} holds values that are not finite", "")
                 yield f"{kind}/{path}", x
 
-    meta = {"format": FORMAT, "version": "1", "settings": json.dumps(moments.settings, sort_keys=True)}
+    about = {"step": moments.step, "settings": moments.settings}
+    meta = {"format": FORMAT, "version": "1", **{k: json.dumps(v, sort_keys=True) for k, v in about.items()}}
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _stream(beside, wanted, arrays(), meta)
+        write_safetensors(beside, wanted, arrays(), meta)
         os.replace(beside, file)
     except OSError as e:
         raise DataError(f"{file} cannot be written: {e.strerror or e}", "free space or check rights") from e
     finally:
         beside.unlink(missing_ok=True)
     return file
-
-
-def _stream(
-    file: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    arrays: Iterable[tuple[str, np.ndarray]],
-    meta: Mapping[str, str],
-) -> None:
-    """A safetensors file whose tensors are never in memory together; "step" is int64, all others float32."""
-    header: dict[str, Any] = {"__metadata__": dict(meta)}
-    end = 0
-    for name, shape in sorted(shapes.items(), key=lambda x: (x[0] != "step", x[0])):  # aligned to 8 bytes
-        wide = name == "step"
-        begin, end = end, end + math.prod(shape) * (8 if wide else 4)
-        header[name] = {
-            "dtype": "I64" if wide else "F32",
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    left = set(shapes)
-    with file.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for name, x in arrays:
-            if name not in left or tuple(x.shape) != shapes[name]:
-                raise DataError(f"moment {name} {list(x.shape)} is not the model's", "name the right model")
-            left.remove(name)
-            f.seek(8 + len(text) + header[name]["data_offsets"][0])
-            kind = "<i8" if name == "step" else "<f4"
-            f.write(np.ascontiguousarray(x, kind).data)
-        f.flush()
-        os.fsync(f.fileno())
-    if left:
-        raise DataError(f"{len(left)} moments are missing: {', '.join(sorted(left)[:4])}", "")
 
 
 def load(file: str | Path) -> Moments:
@@ -318,12 +287,12 @@ def load(file: str | Path) -> Moments:
         DataError: when it is missing, damaged or of another format.
     """
     leaves, meta = read_with_metadata(file)
-    if (meta.get("format"), meta.get("version")) != (FORMAT, "1") or "step" not in leaves:
+    if (meta.get("format"), meta.get("version")) != (FORMAT, "1") or not meta.get("step", "").isdigit():
         raise DataError(f"{file} holds no moments (format {meta.get('format')!r})", "convert it again")
     part = lambda kind: {k[len(kind) :]: v for k, v in leaves.items() if k.startswith(kind)}
     return Moments(
         first=part("mu/").items,
         second=part("nu/").items,
-        step=int(leaves["step"]),
+        step=int(meta["step"]),
         settings=json.loads(meta.get("settings", "{}")),
     )

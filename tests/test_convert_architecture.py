@@ -114,6 +114,42 @@ def test_one_tensor_of_a_wrong_shape_does_not_change_the_architecture():
     assert found.model.vision.patch_size in (14, 16, 32)
 
 
+def test_mutated_shapes_never_break_the_inference():
+    """Refusals, or an architecture; nothing else, whatever the shapes are."""
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for n in range(300):
+        form = FORMS[n % len(FORMS)]
+        shapes = shapes_of(MUTATED.setdefault(form, random_model(rng, form)), form)
+        for key in rng.choice(list(shapes), 3):
+            change = rng.integers(5)
+            shape = list(shapes.get(key, (3,)))
+            if change == 0:
+                shapes.pop(key, None)
+            elif change == 1:
+                shapes[key] = tuple(shape[::-1])
+            elif change == 2:
+                shapes[key] = tuple(shape[:-1])
+            elif change == 3:
+                shapes[key] = (*(int(rng.choice([0, 1, 7, 2**40])) for _ in shape), int(rng.integers(0, 3)))
+            else:
+                shapes[key.replace("0", "999")] = tuple(shape)
+        for options in ({"fallback": MUTATED[form]}, {"hints": hidden(MUTATED[form])}, {}):
+            outcomes.add(outcome(shapes, options))
+        architecture.nearest(shapes)
+    assert {DataError, UsageError, "unimed", "hf-bert", "native"} <= outcomes
+
+
+MUTATED: dict[str, config.Model] = {}
+
+
+def outcome(shapes, options):
+    try:
+        return architecture.infer(shapes, **options).format
+    except (DataError, UsageError) as e:
+        return type(e)
+
+
 def test_nearest_names_what_fits_or_what_differs():
     large = zoo.get("unimed-clip-vit-l14-336")
     assert "unimed-clip-vit-l14-336" in architecture.nearest(shapes_of(large, "unimed"))

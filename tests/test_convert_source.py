@@ -338,10 +338,10 @@ def test_values_that_are_not_finite_are_all_listed_when_the_leaves_are_made(tmp_
 
     save_file(faulty(change), tmp_path / "a.safetensors")
     source = open_source(tmp_path / "a.safetensors", model="tiny")
-    with pytest.raises(
-        DataError, match=r"3 not finite: visual\.ln_pre\.bias, text_encoder\.proj\.2\.weight, logit_scale"
-    ):
+    with pytest.raises(DataError, match="3 not finite") as e:
         source.params()
+    for key in ("visual.ln_pre.bias", "text_encoder.proj.2.weight", "logit_scale"):
+        assert key in str(e.value)
 
 
 def test_a_file_of_another_model_names_the_one_that_fits(tmp_path):
@@ -428,6 +428,8 @@ def test_a_folder_with_several_configs_and_a_preference(tmp_path):
         ("hf-clip", "config.json", "text_config.num_attention_heads", "2", "num_attention_heads is '2'"),
         ("hf-bert", "config.json", "position_embedding_type", "relative_key", "relative_key"),
         ("hf-bert", "config.json", "is_decoder", True, "decoder"),
+        ("hf-bert", "config.json", "num_attention_heads", 0, r"heads is 0"),
+        ("hf-bert", "config.json", "num_attention_heads", 7919, "does not divide into 7919 heads"),
         ("hf-dinov2", "config.json", "use_swiglu_ffn", True, "gated MLP"),
         ("hf-dinov2", "preprocessor_config.json", "image_std", [1, 1, 1], "none of ours"),
     ],
@@ -444,7 +446,7 @@ def test_settings_that_we_do_not_have_are_refused_by_name(tmp_path, form, file, 
     (folder / file).write_text(json.dumps(spec))
     with pytest.raises(DataError, match=word) as e:
         open_source(folder)
-    assert file in str(e.value) or "contradicts" in str(e.value)
+    assert file in str(e.value) or str(folder) in str(e.value)
 
 
 def test_a_damaged_config_is_refused(tmp_path):
@@ -469,6 +471,11 @@ def test_biomedclip_folder(tmp_path):
     source = open_source(folder)
     assert architecture.same(source.model, m)
     same_bits(source.params(), p)
+    if torch := pytest.importorskip("torch"):  # as it is distributed
+        (folder / "open_clip_model.safetensors").unlink()
+        s = {k: torch.from_numpy(np.array(v)) for k, v in source.state.items()}
+        torch.save(s, folder / "open_clip_pytorch_model.bin")
+        same_bits(open_source(folder).params(), p)
     spec["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_base_patch16_224"
     (folder / "open_clip_config.json").write_text(json.dumps(spec))
     with pytest.raises(DataError, match=r"vision\.width is 192 by the tensors, 768 by the config"):

@@ -96,6 +96,7 @@ def infer(
     found = find_tables(state)
     format_ = said.pop("format", "") or format_of(found)
     visible = _visible(state, found)
+    grid = visible.pop("vision.grid", 0)
     implied = {
         f"{tower}.{k}": v for tower, table in found.items() for k, v in table.implies.items()
     } | _FORMAT_IMPLIES.get(format_, {})
@@ -135,6 +136,9 @@ def infer(
         k: v for k, v in flat(zoo.MODELS[ranked[0][0]]).items() if k.split(".")[0] in (*found, "embed_dim")
     }
     fields = closest | known | assumed
+    if "vision" in found and "vision.image_size" not in known:
+        side = grid or closest["vision.image_size"] // closest["vision.patch_size"]
+        fields["vision.image_size"] = side * fields["vision.patch_size"]
     return Inferred(
         format=format_,
         tables=found,
@@ -156,7 +160,7 @@ def nearest(state: Shapes) -> list[str]:
         DataError: when no tower is known by its names.
     """
     found = find_tables(state)
-    ranked = rank(_visible(state, found), found)
+    ranked = rank(_visible(state, found), found)  # grids are no field of a model and are not compared
     fits = [name for name, diff in ranked if not diff]
     if fits:
         return fits
@@ -238,9 +242,10 @@ def _see_vision(shapes: Shapes, table: Table) -> tuple[dict[str, Any], int | Non
     fields, embed = _see_common(shapes, table, ("cls", "pos", "ln_post/scale", "blocks/ln1/scale"))
     kernel, pos = (mapping.our_shape(shapes, table, name) for name in ("patch/kernel", "pos"))
     fields["patch_size"] = patch = kernel[0] if kernel else None
-    if patch and pos and len(pos) == 2 and pos[0] > 1:
+    if pos and len(pos) == 2 and pos[0] > 1:
         # A table that is no class token and a square is listed as mis-shaped afterwards.
-        fields["image_size"] = math.isqrt(pos[0] - 1) * patch
+        fields["grid"] = side = math.isqrt(pos[0] - 1)
+        fields["image_size"] = side * patch if patch else None
     has = lambda prefix: any(
         mapping.our_shape(shapes, table, row.ours) is not None
         for row in table.rows

@@ -161,7 +161,7 @@ def our_shape(shapes: Shapes, table: Table, ours: str) -> tuple[int, ...] | None
     pattern = "|".join(re.escape(k).replace(r"\{i\}", r"\d+") for k in row.theirs)
     seen = Counter(v for k, v in shapes.items() if re.fullmatch(pattern, k))
     axes = _AXES.get(row.move, 0)
-    usable = [s for s, _ in seen.most_common() if not axes or len(s) == axes]
+    usable = [s for s, _ in seen.most_common() if (not axes or len(s) == axes) and 0 not in s]
     if not usable:
         return None
     shape = MOVES[row.move][0](np.broadcast_to(np.float32(0), usable[0])).shape
@@ -175,7 +175,7 @@ def depth(shapes: Shapes, table: Table) -> int:
     found = 0
     for row in table.rows:
         if row.layered:
-            pattern = re.compile(re.escape(row.theirs[0]).replace(r"\{i\}", r"(\d{1,4})"))
+            pattern = re.compile(re.escape(row.theirs[0]).replace(r"\{i\}", r"(\d{1,3})"))
             found = max(found, *(int(m[1]) + 1 for k in shapes if (m := pattern.fullmatch(k))), 0)
         elif row.ours.startswith("blocks/") and (shape := shapes.get(row.theirs[0])):
             found = max(found, shape[0])
@@ -233,7 +233,8 @@ def leaves(
             faults["not finite"] = not_finite(state, table, m)
         refuse(where, table.name, faults)
     state = {table.spelled(k): v for k, v in state.items()}
-    for row, shape in rows_of(table, m):
+    # In the order of the names: that of a native file.
+    for row, shape in sorted(rows_of(table, m), key=lambda pair: pair[0].ours):
         yield row.ours, _take(state, row, shape, bad)
     if broken is None:
         refuse(where, table.name, {"not finite": bad})

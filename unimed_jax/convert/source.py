@@ -64,7 +64,7 @@ class Source:
     release: Callable[[], None] = lambda: None  # gives the pages read so far back to the system
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Our leaves, float32, one at a time, e.g. ("vision/pos", ...); the file's pages are released on the way.
+        """Our leaves, float32, in the order of their names; the file's pages are released on the way.
 
         Raises:
             DataError: at the end, listing every key with a value that is not finite (or is float64 and not exact in
@@ -72,16 +72,16 @@ class Source:
         """
         parts, rest = architecture.split(self.state, self.tables)
         broken: list[str] = []
-        for tower, table in self.tables.items():
-            part = {k: self.state[k] for k in parts[tower]}
-            for name, leaf in mapping.leaves(part, table, self.model, broken=broken):
-                yield f"{tower}/{name}", leaf
-                self.release()
-        for key in rest:
+        for key in sorted(rest):
             if key in SCALARS and key not in self.ignored:
                 value = np.asarray(self.state[key], np.float32).reshape(())
                 broken += [] if math.isfinite(value) else [key]
                 yield key, value
+        for tower in sorted(self.tables):
+            part = {k: self.state[k] for k in parts[tower]}
+            for name, leaf in mapping.leaves(part, self.tables[tower], self.model, broken=broken):
+                yield f"{tower}/{name}", leaf
+                self.release()
         mapping.refuse(str(self.path), f"{self.format} checkpoint", {"not finite": broken}, "save it again")
 
     def params(self) -> clip.Params:
@@ -244,6 +244,10 @@ def _build(found: _Found, named: config.Model | None, fallback: config.Model | N
         info = _infer(found, shapes, named, fallback)
     except DataError as e:
         raise DataError(e.cause if where in e.cause else f"{where}: {e.cause}", e.remedy) from e
+    try:
+        config.validate_model(info.model)
+    except UsageError as e:  # the file is wrong, not the request
+        raise DataError(f"{where}: {e.cause.removeprefix('config: ')}", "use the weights' own config") from e
     ignored, faults = _sort(state, info)
     if any(faults.values()):
         _refuse(found.path, state, info, faults, named)

@@ -222,6 +222,26 @@ DAMAGED = {
         call(name("numpy.core.multiarray", "scalar"), call(name("numpy", "dtype"), text("f8")), b"C\1a"), "its bytes"),
     "bytes that are no latin1": (call(name("_codecs", "encode"), text("\u20ac"), text("latin1")), "latin1"),
     "another codec": (call(name("_codecs", "encode"), text("a"), text("rot13")), "latin1"),
+    "a tensor as a persistent id": (tensor() + b"Q", "names no storage"),
+    "a tensor as its tag": (
+        several(tensor(), name("torch", "FloatStorage"), text("0"), text("cpu"), integer(4)) + b"Q",
+        "names no storage"),
+    "a tensor as its view": (
+        several(text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), integer(4), tensor()) + b"Q",
+        "names no storage"),
+    "a tensor as a codec": (call(name("_codecs", "encode"), text("a"), tensor()), "latin1"),
+    "a tensor as a byte order": (
+        call(name("numpy", "dtype"), text("f8")) + several(b"K\3", tensor()) + b"b", "little-endian"),
+    "a tensor as arguments": (tensor() + tensor() + b"R", "not executed"),
+    "a tensor as a class's arguments": (name("collections", "OrderedDict") + tensor() + b"\x81", "not executed"),
+    "a tensor as a key": (b"}" + tensor() + b"Ns", "as a key"),
+    "a tensor as a name": (tensor() + tensor() + b"\x93", "no text"),
+    "a tensor as pairs": (call(name("collections", "OrderedDict"), tensor()), "no pairs"),
+    "a tensor as a size": (call(name("torch", "Size"), tensor()), "no sizes"),
+    "a tensor as a device": (call(name("torch", "device"), tensor()), "no name"),
+    "a tensor as a type": (call(name("numpy", "dtype"), tensor()), "no number"),
+    "a tensor as a number's bytes": (
+        call(name("numpy.core.multiarray", "scalar"), call(name("numpy", "dtype"), text("f4")), tensor()), "its bytes"),
     "text that is not UTF-8": (b"X\1\0\0\0\xff", "UTF-8"),
     "half a surrogate": (text("\ud800"), "UTF-8"),
 }  # fmt: skip

@@ -330,7 +330,7 @@ def _reduce(m: _Machine) -> None:
 
 def _newobj(m: _Machine) -> None:
     args, known = m.pop(), m.pop()
-    if not isinstance(known, Known) or not known.new or args != ():
+    if not isinstance(known, Known) or not known.new or type(args) is not tuple or args:
         m.fail(
             f"it makes an object of {bare(known.name) if isinstance(known, Known) else 'no class'}; not executed"
         )

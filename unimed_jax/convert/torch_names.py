@@ -41,7 +41,8 @@ class _NumpyType(pickle_reader.Shell):
         self.dtype = dtype
 
     def build(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", "|", "="):
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        if not isinstance(order, str) or order not in ("<", "|", "="):
             raise Invalid("a number is not in little-endian order")
 
 
@@ -98,7 +99,7 @@ def _device(args: tuple) -> str:
 
 def _encode(args: tuple) -> bytes:
     match args:
-        case (str(text), "latin1" | "latin-1"):
+        case (str(text), str(codec)) if codec in ("latin1", "latin-1"):
             try:
                 return text.encode("latin-1")
             except UnicodeEncodeError:

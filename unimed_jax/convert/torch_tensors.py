@@ -66,8 +66,12 @@ class Builder:
             Invalid: when it names none, or one of another size.
         """
         match pid:
-            case ("storage", Known(name=kind), str(key), str() | None, int(count), *rest) if (
-                kind in torch_names.STORAGES and rest in ([], [None])
+            # Types first: comparing with an array is no yes or no.
+            case (str(tag), Known(name=kind), str(key), str() | None, int(count), *rest) if (
+                tag == "storage"
+                and kind in torch_names.STORAGES
+                and len(rest) <= 1
+                and all(r is None for r in rest)
             ):
                 pass
             case _:

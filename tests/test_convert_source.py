@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from checkpoints import TOWERS, golden, params, random_model, state
 from safetensors.numpy import save_file
 
 from unimed_jax import config
-from unimed_jax.convert import architecture, hf_configs, mapping, openclip_config, outputs, tables
+from unimed_jax.convert import (
+    architecture,
+    dinov2_onnx,
+    hf_configs,
+    mapping,
+    openclip_config,
+    outputs,
+    tables,
+)
 from unimed_jax.convert.source import open_source
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip, zoo
@@ -530,3 +539,42 @@ def test_full_size_towers_go_there_and_back_bit_for_bit(name):
                 assert np.array_equal(again, leaf)
                 if other is first:
                     assert all(np.array_equal(v, made[k]) for k, v in theirs.items())
+
+
+# --- real weights
+
+
+@pytest.mark.assets
+def test_the_real_minilm_comes_in_and_goes_back_to_equal_bytes(assets):
+    source = open_source(assets / "minilm")
+    assert source.format == "hf-bert"
+    assert source.report().startswith("104 tensors: 101 loaded, 3 ignored")
+    assert (source.model.text.heads, source.model.text.width) == (12, 384)
+    assert source.tokenizer == assets / "minilm" / "tokenizer.json"
+    back = dict(mapping.to_state(source.params()["text"], tables.HF_BERT, source.model))
+    kept = source.state.keys() - source.ignored.keys()
+    assert back.keys() == kept
+    assert all(back[k].tobytes() == np.asarray(source.state[k]).tobytes() for k in kept)
+
+
+@pytest.mark.assets
+def test_the_real_dinov2_comes_in_and_goes_back(assets, tmp_path):
+    """Folded LayerScale comes back as ones; every other tensor, and the function, has equal bytes."""
+    pytest.importorskip("onnx")
+    s = dinov2_onnx.read_onnx(assets / "dinov2" / "vit_s_focus.onnx")
+    m = random_model(np.random.default_rng(0), "hf-dinov2")
+    side = int(np.sqrt(s["embeddings.position_embeddings"].shape[1] - 1))
+    m.vision = dataclasses.replace(
+        m.vision, image_size=side * 14, patch_size=14, width=384, depth=12, heads=6, mlp_dim=1536
+    )
+    source = open_source(
+        write_folder(tmp_path, m, "hf-dinov2", {k: np.ascontiguousarray(v) for k, v in s.items()})
+    )
+    assert source.model.vision == m.vision
+    p = source.params()["vision"]
+    back = tables.from_params(p, tables.HF_DINOV2, source.model)
+    folded = re.compile(r".*\.(layer_scale\d\.lambda1|attention\.output\.dense\.\w+|mlp\.fc2\.\w+)")
+    plain = [k for k in back if not folded.fullmatch(k)]
+    assert len(plain) > 100
+    assert all(back[k].tobytes() == np.asarray(s[k], np.float32).tobytes() for k in plain)
+    same_bits(tables.to_params(back, tables.HF_DINOV2, source.model), p)

@@ -458,6 +458,58 @@ def test_settings_that_we_do_not_have_are_refused_by_name(tmp_path, form, file, 
     assert file in str(e.value) or str(folder) in str(e.value)
 
 
+NASTY = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    2**70,
+    1.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "x",
+    "",
+    [],
+    [1, "a"],
+    {},
+    {"a": []},
+]
+
+
+@pytest.mark.parametrize("form", ["openclip-bert", "openclip-clip", "hf-clip", "hf-bert", "hf-dinov2"])
+def test_any_value_in_a_config_is_read_or_refused(tmp_path, form):
+    """Every field of every config gets values that no library writes: one line, or a model of the same shapes."""
+    m = random_model(np.random.default_rng(4), form)
+    folder = write_folder(tmp_path, m, form, state(m, form, params(m)))
+    rng = np.random.default_rng(0)
+    refused = 0
+    for file in sorted(folder.glob("*.json")):
+        text = file.read_text()
+        for path in paths(json.loads(text)):
+            spec = json.loads(text)
+            node = spec
+            for parent in path[:-1]:
+                node = node[parent]
+            node[path[-1]] = NASTY[rng.integers(len(NASTY))]
+            file.write_text(json.dumps(spec))
+            try:
+                open_source(folder)
+            except (DataError, UsageError):
+                refused += 1
+        file.write_text(text)
+    assert refused > 5
+    open_source(folder)
+
+
+def paths(spec, at=()):
+    for key, value in spec.items():
+        yield (*at, key)
+        if isinstance(value, dict):
+            yield from paths(value, (*at, key))
+
+
 def test_a_damaged_config_is_refused(tmp_path):
     m = random_model(np.random.default_rng(4), "hf-clip")
     folder = write_folder(tmp_path, m, "hf-clip", state(m, "hf-clip", params(m)))

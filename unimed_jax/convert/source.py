@@ -18,26 +18,17 @@ from typing import Any
 import numpy as np
 
 from unimed_jax import config
-from unimed_jax.convert import architecture, configs, mapping, openclip_config
+from unimed_jax.convert import architecture, configs, locate, mapping
 from unimed_jax.convert.architecture import SCALARS
+from unimed_jax.convert.mapped import shown
 from unimed_jax.convert.mapping import Table
 from unimed_jax.convert.tensor_file import open_safetensors, open_sharded
 from unimed_jax.convert.torch_zip import TorchFile, open_torch
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip, zoo
 
-NATIVE_MODEL, NATIVE_TOWER = "unimed_jax.model", "unimed_jax.tower"
+NATIVE_TOWER = "unimed_jax.tower"
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # of DDP and torch.compile, in any order
-# The first file that is there is the folder's weights.
-_OPENCLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_HF_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-_TOKENIZERS = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
 # Below which key a training checkpoint holds the weights, and what else is known in one.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
 _FACTS = ("epoch", "name", "epoch_step", "step", "global_step", "arch")
@@ -126,9 +117,9 @@ def open_source(
     """
     path = Path(path)
     if path.is_dir():
-        found = _in_folder(path, prefer)
+        found = locate.in_folder(path, prefer)
     elif path.is_file():
-        found = _beside(path)
+        found = locate.beside_file(path)
     else:
         raise UsageError(
             f"no checkpoint at {str(path)!r}.{did_you_mean(str(path), zoo.MODELS)}", "give a file or folder"
@@ -137,104 +128,7 @@ def open_source(
     return _build(found, named if isinstance(named, config.Model) else None, fallback)
 
 
-@dataclass(slots=True, kw_only=True)
-class _Found:
-    """Weights and what lies beside them."""
-
-    path: Path  # what the user gave
-    weights: Path
-    hints: configs.Hints = field(default_factory=dict)
-    model: config.Model | None = None  # of a native folder
-    tokenizer: Path | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def _in_folder(folder: Path, prefer: str) -> _Found:
-    """The weights of a folder, by the configs that it holds."""
-    kinds: dict[str, Callable[[Path, Path], _Found | None]] = {
-        "native": _native_folder,
-        "openclip": _openclip_folder,
-        "hf": _hf_folder,
-    }
-    if prefer and prefer not in kinds:
-        raise UsageError(f"prefer is {prefer!r}", f"one of {', '.join(kinds)}")
-    for name, read in kinds.items():
-        if (not prefer or name == prefer) and (found := read(folder, folder)):
-            return found
-    files = sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
-    if len(files) == 1 and not prefer:
-        return _Found(path=folder, weights=files[0], tokenizer=_tokenizer(folder))
-    what = f"{len(files)} weight files and no config" if files else "no weights"
-    raise UsageError(
-        f"{folder} holds {what} that says which is the {prefer + ' ' if prefer else ''}model",
-        f"give one file: {', '.join(p.name for p in files[:6])}" if files else "give another folder",
-    )
-
-
-def _beside(file: Path) -> _Found:
-    """A file alone, or one that its folder's config describes."""
-    folder = file.parent
-    for names, read in (
-        (("model.safetensors",), _native_folder),
-        (_OPENCLIP_FILES, _openclip_folder),
-        (_HF_FILES, _hf_folder),
-    ):
-        if file.name in names and (found := read(folder, file)):
-            found.weights = file
-            return found
-    return _Found(path=file, weights=file)
-
-
-def _native_folder(folder: Path, path: Path) -> _Found | None:
-    spec = configs.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if spec.get("format") != NATIVE_MODEL or not (folder / "model.safetensors").is_file():
-        return None
-    if spec.get("version") != 1:
-        raise DataError(f"{folder} has version {spec.get('version')!r}, this program reads 1", "update it")
-    try:
-        m = config.from_dict(config.Model, spec.get("model", {}), where=f"{folder / 'config.json'}: model")
-        config.validate_model(m)
-    except UsageError as e:  # the folder is wrong, not the request
-        raise DataError(e.cause, e.remedy or "restore the folder, or update the program") from e
-    return _Found(path=path, weights=folder / "model.safetensors", model=m, tokenizer=_tokenizer(folder))
-
-
-def _openclip_folder(folder: Path, path: Path) -> _Found | None:
-    file = folder / openclip_config.NAME
-    weights = next((folder / n for n in _OPENCLIP_FILES if (folder / n).is_file()), None)
-    if not file.is_file() or weights is None:
-        return None
-    spec = configs.read_json(file)
-    hints = openclip_config.read(spec, str(file))
-    text = spec["model_cfg"]["text_cfg"]
-    beside = folder / "config.json"  # of the BERT inside, where the folder carries it
-    if text.get("hf_model_name") and beside.is_file():
-        bert = configs.read_json(beside)
-        if bert.get("model_type") == "bert":
-            said = configs.hf(bert, str(beside))
-            hints = {k: v for k, v in said.items() if k != "text.context_length"} | hints
-    facts = {k: text[k] for k in ("hf_model_name", "hf_tokenizer_name") if isinstance(text.get(k), str)}
-    return _Found(path=path, weights=weights, hints=hints, tokenizer=_tokenizer(folder), facts=facts)
-
-
-def _hf_folder(folder: Path, path: Path) -> _Found | None:
-    spec = configs.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    weights = next((folder / n for n in _HF_FILES if (folder / n).is_file()), None)
-    if "model_type" not in spec or weights is None:
-        return None
-    hints = configs.hf(spec, str(folder / "config.json"))
-    pictures = folder / "preprocessor_config.json"
-    if pictures.is_file() and "vision.act" in hints:
-        strict = spec["model_type"] != "dinov2"  # it only starts a training here, and crops 224 of 256 pixels
-        hints |= configs.preprocessor(configs.read_json(pictures), str(pictures), strict=strict)
-    return _Found(path=path, weights=weights, hints=hints, tokenizer=_tokenizer(folder))
-
-
-def _tokenizer(folder: Path) -> Path | None:
-    return next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
-
-
-def _build(found: _Found, named: config.Model | None, fallback: config.Model | None) -> Source:
+def _build(found: locate.Found, named: config.Model | None, fallback: config.Model | None) -> Source:
     state, optimizer, release = _open(found)
     where = str(found.path)
     if not state:
@@ -245,7 +139,7 @@ def _build(found: _Found, named: config.Model | None, fallback: config.Model | N
     except DataError as e:
         raise DataError(e.cause if where in e.cause else f"{where}: {e.cause}", e.remedy) from e
     try:
-        config.validate_model(info.model)
+        _possible(info.model)
     except UsageError as e:  # the file is wrong, not the request
         raise DataError(f"{where}: {e.cause.removeprefix('config: ')}", "use the weights' own config") from e
     ignored, faults = _sort(state, info)
@@ -268,8 +162,15 @@ def _build(found: _Found, named: config.Model | None, fallback: config.Model | N
     )
 
 
+def _possible(m: config.Model) -> None:
+    config.validate_model(m)
+    for name in ("pad_id", "eot_id"):
+        if getattr(m.text, name) >= m.text.vocab_size:
+            raise UsageError(f"text.{name} is {getattr(m.text, name)} of {m.text.vocab_size} words")
+
+
 def _infer(
-    found: _Found,
+    found: locate.Found,
     shapes: mapping.Shapes,
     named: config.Model | None,
     fallback: config.Model | None,
@@ -282,7 +183,7 @@ def _infer(
     return architecture.infer(shapes, hints=found.hints, model=named, fallback=fallback, where=where)
 
 
-def _open(found: _Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any] | None, Callable[[], None]]:
+def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any] | None, Callable[[], None]]:
     """The state dict without wrappers' prefixes, the optimizer's state, and how to release memory."""
     file = found.weights
     optimizer = None
@@ -314,7 +215,7 @@ def _is_safetensors(file: Path) -> bool:
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size
 
 
-def _tower_meta(found: _Found, header: Mapping[str, Any]) -> None:
+def _tower_meta(found: locate.Found, header: Mapping[str, Any]) -> None:
     """The architecture that a native tower file carries in its header."""
     if header.get("format") != NATIVE_TOWER or header.get("version") != "1":
         return
@@ -327,7 +228,7 @@ def _tower_meta(found: _Found, header: Mapping[str, Any]) -> None:
         raise DataError(f"{found.path} has a header that says nothing readable: {e}", "save it again") from e
 
 
-def _unwrap(found: _Found, opened: TorchFile) -> tuple[Any, Mapping[str, Any] | None]:
+def _unwrap(found: locate.Found, opened: TorchFile) -> tuple[Any, Mapping[str, Any] | None]:
     """The state dict inside a training checkpoint; what else it says becomes facts."""
     tree = opened.tree
     if opened.kind == "torchscript" or not isinstance(tree, dict):
@@ -335,14 +236,23 @@ def _unwrap(found: _Found, opened: TorchFile) -> tuple[Any, Mapping[str, Any] | 
     inner = next((k for k in _STATE_KEYS if isinstance(tree.get(k), dict)), None)
     if inner is None:
         return tree, None
-    found.facts |= {k: tree[k] for k in _FACTS if isinstance(tree.get(k), (str, int, float, bool))}
+    found.facts |= {k: tree[k] for k in _FACTS if _is_fact(tree.get(k))}
     if others := sorted(str(k) for k in tree.keys() - {inner, "optimizer", "unimed_jax", *_FACTS}):
-        found.facts["left_out"] = others  # scaler, arguments: nothing of the model
+        found.facts["left_out"] = [
+            shown(k).strip("'") for k in others[:100]
+        ]  # scaler, arguments: nothing of the model
     ours = tree.get("unimed_jax")
     if isinstance(ours, dict) and isinstance(ours.get("model"), dict):
         found.hints |= _embedded(ours["model"], str(found.path))
     optimizer = tree.get("optimizer")
     return tree[inner], optimizer if isinstance(optimizer, dict) else None
+
+
+def _is_fact(value: Any) -> bool:
+    """Whether a value of a file may stand in our reports and configs."""
+    if isinstance(value, str):
+        return value.isprintable() and len(value) <= 200
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _embedded(spec: dict[str, Any], where: str) -> configs.Hints:

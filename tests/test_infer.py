@@ -308,7 +308,7 @@ def test_a_failed_save_leaves_nothing_and_the_old_one_whole(tiny, folder, monkey
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    monkeypatch.setattr("unimed_jax.model_folder.write_safetensors", full)
     with pytest.raises(DataError, match="No space left"):
         tiny.save(folder, force=True)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -409,9 +409,11 @@ def test_missing_models_are_named(name, words):
         infer.load(name)
 
 
-def test_a_file_or_an_empty_folder_is_no_model(folder, tmp_path):
-    with pytest.raises(UsageError, match="is a file"):
-        infer.load(folder / "model.safetensors")
+def test_a_file_of_no_known_kind_or_an_empty_folder_is_no_model(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("weights are in the other folder")
+    with pytest.raises(DataError, match=r"notes.txt"):
+        infer.load(tmp_path / "notes.txt")
+    (tmp_path / "notes.txt").unlink()
     with pytest.raises(DataError, match="neither a model nor a run"):
         infer.load(tmp_path)
 

@@ -206,11 +206,11 @@ def test_file_keeps_every_bit(model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda leaves: leaves.pop("vision/pos"), "1 moments are missing: nu/vision/pos"),
+        (lambda leaves: leaves.pop("vision/pos"), "never came: nu/vision/pos"),
         (lambda leaves: leaves.update(extra=np.zeros(1)), "nu/extra"),
         (
             lambda leaves: leaves.update({"vision/cls": np.zeros(3)}),
-            r"nu/vision/cls \[3\] is not the model's",
+            r"nu/vision/cls \[3\] was not announced",
         ),
         (lambda leaves: leaves.update({"vision/cls": np.full(64, np.nan)}), "nu/vision/cls holds"),
     ],

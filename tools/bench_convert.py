@@ -38,7 +38,7 @@ def write_checkpoint(name: str, file: Path) -> None:
     params = clip.unflatten(
         {k: rng.standard_normal(v.shape, np.float32) * np.float32(0.02) for k, v in shapes.items()}
     )
-    state = {k: torch.from_numpy(np.array(v)) for k, v in outputs.state_dict("unimed", params, m)}
+    state = {k: torch.from_numpy(np.array(v)) for k, v in outputs.tensors("unimed", params, m)}
     torch.save({"epoch": 10, "name": name, "state_dict": state}, file)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -146,13 +148,15 @@ def _foreign(r: Request, tell: Tell) -> Converted:
         outputs.writer_for(r.to, m)
     words = _words(r.tokenizer or found.tokenizer, m)
     moments = _moments(found) if r.with_optimizer else None
-    params = found.params()
-    done.read = found.report()
-    tell(f"mapped  {done.read}")
-    if r.verify:
-        done.verified = check(found, params, words, tell)
-    origin = _origin(found)
-    _write(r, m, params, words, origin, done, tell, moments)
+    with ThreadPoolExecutor(1) as pool:
+        origin = pool.submit(_origin, found)  # reads the whole file, beside the conversion
+        # A model folder is written leaf by leaf; everything else looks at the weights more than once.
+        params = found.leaves() if r.to == "native" and not r.verify else found.params()
+        done.read = found.report()
+        tell(f"mapped  {done.read}")
+        if r.verify:
+            done.verified = check(found, params, words, tell)
+        _write(r, m, params, words, origin.result, done, tell, moments)
     return done
 
 
@@ -177,7 +181,7 @@ def _tower(r: Request, found: source.Source, done: Converted, tell: Tell) -> Con
         done.verified = check(found, params, None, tell)
     origin = _origin(found)
     if r.to != "native":
-        _write(r, found.model, params, None, origin, done, tell)
+        _write(r, found.model, params, None, lambda: origin, done, tell)
         return done
     about = {tower: config.to_dict(getattr(found.model, tower)), "origin": dataclasses.asdict(origin)}
     native.save_tower({tower: params[tower]}, r.dst, about)
@@ -223,7 +227,8 @@ def _own(r: Request, tell: Tell) -> Converted:
         outputs.writer_for(r.to, m)
     elif r.verify:
         raise UsageError("both sides are of this program: there is nothing to compare", "leave --verify out")
-    _write(r, m, params, words, card.Origin(file=Path(r.src).name, format="native"), done, tell)
+    origin = card.Origin(file=Path(r.src).name, format="native")
+    _write(r, m, params, words, lambda: origin, done, tell)
     if r.verify and r.to == "native":
         raise UsageError(
             "both sides are of this program: there is nothing to compare with", "leave --verify out"
@@ -256,53 +261,63 @@ def _words(path: str | Path | None, m: config.Model) -> Tokenizer | None:
 def _write(
     r: Request,
     m: config.Model,
-    params: clip.Params,
+    params: clip.Params | Iterable[tuple[str, np.ndarray]],
     words: Tokenizer | None,
-    origin: card.Origin,
+    origin: Callable[[], card.Origin],
     done: Converted,
     tell: Tell,
     moments: optimizer.Moments | None = None,
 ) -> None:
-    readme = card.card(
-        m,
-        r.to,
-        place=str(r.dst),
-        origin=origin,
-        tokenizer=words is not None,
-        verified=done.verified,
-        hf_text=r.hf_text,
-    )
+    """Writes the target; `origin` is asked for last, since it may still be being computed."""
     if words is None and r.to not in ("hf-vision", "unimed"):
         done.missing.append(f"no tokenizer, so only images can be encoded: {model_folder.NO_TOKENIZER}")
-    about = {k: v for k, v in dataclasses.asdict(origin).items() if v}
     if r.to == "native":
 
         def more(folder: Path) -> None:
             if moments:
                 optimizer.save(folder / OPTIMIZER, moments, m)
 
-        done.wrote = [
-            model_folder.save(
-                r.dst, m, params, words, force=r.force, extra={"origin": about}, readme=readme, more=more
-            )
-        ]
+        about = lambda: {
+            "origin": {k: v for k, v in dataclasses.asdict(origin()).items() if v},
+            **({"verified": done.verified} if done.verified else {}),
+        }
+        done.wrote = [model_folder.save(r.dst, m, params, words, force=r.force, extra=about, more=more)]
     else:
-        beside = lambda folder: (folder / model_folder.CARD).write_text(readme, "utf-8")
-        outputs.write(
-            *(r.to, params, m, r.dst),
-            tokenizer=words,
-            force=r.force,
-            hf_text_name=r.hf_text,
-            more=beside,
-        )
-        done.wrote = [Path(r.dst)]
-        if outputs.WRITERS[r.to].is_file:
-            done.wrote.append(Path(f"{r.dst}.md"))
-            write_text(done.wrote[-1], readme)
+        done.wrote = _write_foreign(r, m, params, words, origin, done)
     for path in done.wrote:
         tell(f"wrote   {path}")
     for line in done.missing:
         tell(f"missing {line}")
+
+
+def _write_foreign(
+    r: Request,
+    m: config.Model,
+    params: Any,
+    words: Tokenizer | None,
+    origin: Callable[[], card.Origin],
+    done: Converted,
+) -> list[Path]:
+    def readme() -> str:
+        return card.card(
+            *(m, r.to),
+            place=str(r.dst),
+            origin=origin(),
+            tokenizer=words is not None,
+            verified=done.verified,
+            hf_text=r.hf_text,
+        )
+
+    def beside(folder: Path) -> None:
+        (folder / model_folder.CARD).write_text(readme(), "utf-8")
+
+    outputs.write(
+        *(r.to, params, m, r.dst), tokenizer=words, force=r.force, hf_text_name=r.hf_text, more=beside
+    )
+    if not outputs.WRITERS[r.to].is_file:
+        return [Path(r.dst)]
+    write_text(Path(f"{r.dst}.md"), readme())
+    return [Path(r.dst), Path(f"{r.dst}.md")]
 
 
 # -- proof ------------------------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ encoded) and `README.md`, the model card. Files and folders of other libraries a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ import numpy as np
 from unimed_jax import __version__, config
 from unimed_jax.convert import card
 from unimed_jax.convert.hf import read_with_metadata
+from unimed_jax.convert.tensor_writer import write_safetensors
 from unimed_jax.data.images import NORMALIZE
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.data.writer import file_sha256
@@ -210,19 +212,35 @@ def check(leaves: Mapping[str, np.ndarray], cfg: config.Model, where: str) -> No
     Raises:
         DataError: listing what is missing, unexpected, mis-shaped, of another type or not finite.
     """
+    for _ in checked(leaves.items(), cfg, where):
+        pass
+
+
+def checked(
+    leaves: Iterable[tuple[str, Any]], cfg: config.Model, where: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Passes the leaves of a model on, one at a time, those that are right; refuses at the end when any was not.
+
+    Raises:
+        DataError: as `check`.
+    """
     wanted = clip.flatten(clip.skeleton(cfg)[1])
-    known = [k for k in wanted if k in leaves]
-    faults = {
-        "missing": sorted(wanted.keys() - leaves.keys()),
-        "unexpected": sorted(leaves.keys() - wanted.keys()),
-        "mis-shaped": [
-            f"{k} {list(leaves[k].shape)} instead of {list(wanted[k].shape)}"
-            for k in known
-            if tuple(leaves[k].shape) != tuple(wanted[k].shape)
-        ],
-        "no float32": [k for k in known if leaves[k].dtype != np.float32],
-        "not finite": [k for k in known if not np.isfinite(leaves[k]).all()],
-    }
+    faults: dict[str, list[str]] = {k: [] for k in ("unexpected", "mis-shaped", "no float32", "not finite")}
+    seen = set()
+    for name, leaf in leaves:
+        seen.add(name)
+        value = to_host(leaf)
+        if name not in wanted:
+            faults["unexpected"].append(name)
+        elif value.shape != tuple(wanted[name].shape):
+            faults["mis-shaped"].append(f"{name} {list(value.shape)} instead of {list(wanted[name].shape)}")
+        elif value.dtype != np.float32:
+            faults["no float32"].append(name)
+        elif not np.isfinite(value).all():
+            faults["not finite"].append(name)
+        else:
+            yield name, value
+    faults = {"missing": sorted(wanted.keys() - seen), **faults}
     words = [
         f"{len(v)} {kind}: {', '.join(v[:8])}{', ...' if len(v) > 8 else ''}"
         for kind, v in faults.items()
@@ -269,12 +287,11 @@ def open_tokenizer(path: Path, cfg: config.Model, digest: str = "", where: Path 
 def save(
     folder: str | Path,
     cfg: config.Model,
-    params: clip.Params,
+    params: clip.Params | Iterable[tuple[str, np.ndarray]],
     tokenizer: Tokenizer | None,
     *,
     force: bool = False,
-    extra: Mapping[str, Any] | None = None,
-    readme: str = "",
+    extra: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes a model folder beside its place and then renames it: it is there whole, or not at all.
@@ -282,38 +299,40 @@ def save(
     Args:
         folder: target.
         cfg: the architecture.
-        params: nested dict, numpy or jax arrays.
+        params: nested dict, numpy or jax arrays, float32; or its leaves, (path, array) one at a time, which then are
+            never in memory together.
         tokenizer: goes into the folder; None leaves a model for images only, which says so.
         force: replace an existing model folder.
-        extra: JSON values for config.json, e.g. the step and the run that the weights come from.
-        readme: the model card; default: one made of `extra`.
+        extra: JSON values for config.json, or a function that gives them once the weights are written: the "run" and
+            "steps" that they come from, or the "origin" of a conversion (fields of `card.Origin`) and what was
+            "verified"; the model card says so, too.
         more: writes further files into the folder before it appears.
 
     Raises:
         UsageError: when the folder exists and `force` is not given.
         DataError: for weights that do not fit the architecture, and when the disk is full.
     """
-    from safetensors.numpy import save_file
-
     folder = Path(folder)
     if folder.exists() and not force:
         raise UsageError(f"{folder} exists", "choose another folder, or pass force to replace it")
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} exists and is no model folder", "choose another folder")
-    # Not copied where they are float32 in C order already: the weights are in memory once.
-    leaves = {k: np.asarray(to_host(v), np.float32, order="C") for k, v in clip.flatten(params).items()}
-    check(leaves, cfg, str(folder))
+    good = checked(_leaves(params), cfg, str(folder))
     if jax.process_index() != 0:
+        for _ in good:  # gathering a leaf is the work of all processes
+            pass
         return folder
+    shapes = {k: tuple(v.shape) for k, v in clip.flatten(clip.skeleton(cfg)[1]).items()}
     beside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         beside.mkdir(parents=True)
-        save_file(leaves, str(beside / WEIGHTS), metadata={"format": FORMAT})
+        digest = write_safetensors(beside / WEIGHTS, shapes, good, {"format": FORMAT})
         if tokenizer is not None:
             tokenizer.save(beside)
-        spec = {**_describe(cfg, tokenizer, beside), "extra": dict(extra or {})}
+        about = dict((extra() if callable(extra) else extra) or {})
+        spec = {**_describe(cfg, tokenizer, beside, digest), "extra": about}
         (beside / CONFIG).write_text(json.dumps(spec, indent=2) + "\n", "utf-8")
-        (beside / CARD).write_text(readme or _card(cfg, tokenizer, extra or {}), "utf-8")
+        (beside / CARD).write_text(_card(cfg, tokenizer, about, str(folder)), "utf-8")
         if more:
             more(beside)
         if folder.exists():
@@ -329,14 +348,29 @@ def save(
     return folder
 
 
-def _card(cfg: config.Model, tokenizer: Tokenizer | None, extra: Mapping[str, Any]) -> str:
-    origin = card.Origin(run=str(extra.get("run", "")), steps=int(extra.get("steps", 0)))
-    return card.card(cfg, "native", origin=origin, tokenizer=tokenizer is not None)
+def _leaves(params: clip.Params | Iterable[tuple[str, np.ndarray]]) -> Iterable[tuple[str, np.ndarray]]:
+    """In the order of their names; arrays that are spread over processes are gathered one at a time."""
+    if not isinstance(params, dict):
+        return params
+    tree = cast(clip.Params, params)
+    return ((k, np.asarray(to_host(v), np.float32)) for k, v in sorted(clip.flatten(tree).items()))
 
 
-def _describe(cfg: config.Model, tokenizer: Tokenizer | None, folder: Path) -> dict[str, Any]:
+def _card(cfg: config.Model, tokenizer: Tokenizer | None, about: Mapping[str, Any], place: str) -> str:
+    known = {f.name for f in dataclasses.fields(card.Origin)}
+    said = {k: v for k, v in {**about, **about.get("origin", {})}.items() if k in known}
+    return card.card(
+        cfg,
+        "native",
+        place=place,
+        origin=card.Origin(**said),
+        tokenizer=tokenizer is not None,
+        verified=about.get("verified"),
+    )
+
+
+def _describe(cfg: config.Model, tokenizer: Tokenizer | None, folder: Path, weights: str) -> dict[str, Any]:
     mean, std = NORMALIZE[cfg.vision.normalize]
-    sha = lambda name: file_sha256(folder / name)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -350,8 +384,8 @@ def _describe(cfg: config.Model, tokenizer: Tokenizer | None, folder: Path) -> d
         },
         "tokenizer": None
         if tokenizer is None
-        else {"file": TOKENIZER, "digest": tokenizer.digest, "sha256": sha(TOKENIZER)},
-        "weights": {"file": WEIGHTS, "sha256": sha(WEIGHTS)},
+        else {"file": TOKENIZER, "digest": tokenizer.digest, "sha256": file_sha256(folder / TOKENIZER)},
+        "weights": {"file": WEIGHTS, "sha256": weights},
         "use": "research only, not a medical device",
     }
 

@@ -5,15 +5,19 @@ Format: https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import queue
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unimed_jax.data.writer import file_sha256
 from unimed_jax.errors import DataError
 
 
@@ -22,14 +26,18 @@ def write_safetensors(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> str:
     """Writes float32 tensors in the order of their names, whatever order they come in, and waits for the disk.
 
     Args:
         file: target, replaced when it exists; the caller writes beside and renames.
         shapes: of every tensor, by name.
-        tensors: (name, array), each name once.
+        tensors: (name, array), each name once; quickest in the order of their names. An array must not change after
+            it was handed over.
         metadata: for the header.
+
+    Returns:
+        The file's sha256.
 
     Raises:
         DataError: when the tensors are not those of `shapes`.
@@ -41,16 +49,52 @@ def write_safetensors(
         header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
     left = set(shapes)
-    with file.open("wb") as f:
+    with file.open("wb") as f, _Digest() as digest:
         f.write(len(text).to_bytes(8, "little") + text)
+        digest.add(0, len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors:
             if name not in left or tuple(tensor.shape) != tuple(shapes[name]):
                 raise DataError(f"{file.name}: tensor {name} {list(tensor.shape)} was not announced")
             left.remove(name)
-            f.seek(8 + len(text) + header[name]["data_offsets"][0])
-            f.write(np.ascontiguousarray(tensor, "<f4").data)
+            data = np.ascontiguousarray(tensor, "<f4").reshape(-1).view(np.uint8).data
+            at = start + header[name]["data_offsets"][0]
+            f.seek(at)
+            f.write(data)
+            digest.add(at, data)
         f.flush()
         os.fsync(f.fileno())
     if left:
         raise DataError(f"{file.name}: {len(left)} tensors were announced and never came: {sorted(left)[0]}")
+    return digest.value or file_sha256(file)
+
+
+class _Digest:
+    """The sha256 of bytes that are written in order, computed in a thread of its own while the next ones are made."""
+
+    def __init__(self):
+        self._hash, self._end, self._sequential = hashlib.sha256(), 0, True
+        self._work: queue.Queue[Any] = queue.Queue(maxsize=2)  # at most so many tensors are held for it
+        self._thread = threading.Thread(target=self._run, name="sha256", daemon=True)
+        self.value = ""
+
+    def __enter__(self) -> _Digest:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        self._work.put(None)
+        self._thread.join()
+        self.value = self._hash.hexdigest() if self._sequential and kind is None else ""
+
+    def add(self, at: int, data: Any) -> None:
+        """Takes bytes that stand at offset `at`; out of order, there is no digest and nothing more to do."""
+        self._sequential &= at == self._end
+        if self._sequential:
+            self._end = at + len(data)
+            self._work.put(data)
+
+    def _run(self) -> None:
+        while (data := self._work.get()) is not None:
+            self._hash.update(data)

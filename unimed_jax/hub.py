@@ -148,8 +148,7 @@ def _make_model(
 ) -> None:
     opened = source.open_source(weights, model=name)
     tokenizer = model_folder.open_tokenizer(Path(words), opened.model) if words else None
-    origin = origins.get(name)
-    pins = files["weights"]
+    origin, pins = origins.get(name), files["weights"]
     about = card.Origin(
         file=pins["name"],
         sha256=pins["sha256"],
@@ -159,9 +158,8 @@ def _make_model(
         licence=origin.licence,
         note=(origin.about, f"use: {origin.use}"),
     )
-    readme = card.card(opened.model, "native", place=str(out), origin=about, tokenizer=tokenizer is not None)
-    extra = {"origin": _facts(name, files)}
-    model_folder.save(out, opened.model, opened.params(), tokenizer, force=force, extra=extra, readme=readme)
+    said = {k: v for k, v in dataclasses.asdict(about).items() if v} | _facts(name, files)
+    model_folder.save(out, opened.model, opened.leaves(), tokenizer, force=force, extra={"origin": said})
 
 
 def _make_part(

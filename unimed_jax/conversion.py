@@ -150,13 +150,13 @@ def _foreign(r: Request, tell: Tell) -> Converted:
     moments = _moments(found) if r.with_optimizer else None
     with ThreadPoolExecutor(1) as pool:
         origin = pool.submit(_origin, found)  # reads the whole file, beside the conversion
-        # A model folder is written leaf by leaf; everything else looks at the weights more than once.
-        params = found.leaves() if r.to == "native" and not r.verify else found.params()
         done.read = found.report()
         tell(f"mapped  {done.read}")
-        if r.verify:
-            done.verified = check(found, params, words, tell)
-        _write(r, m, params, words, origin.result, done, tell, moments)
+        # A model folder is written leaf by leaf; everything else looks at the weights more than once.
+        whole = found.params() if r.verify or r.to != "native" else None
+        if whole and r.verify:
+            done.verified = check(found, whole, words, tell)
+        _write(r, m, whole or found.leaves(), words, origin.result, done, tell, moments)
     return done
 
 

@@ -242,8 +242,17 @@ def tensors(to: str, params: clip.Params, m: config.Model) -> Iterator[tuple[str
     """A model as a format's tensors (float32, C order), one at a time.
 
     Raises:
-        DataError: when the parameters do not have the architecture's leaves and shapes.
+        DataError: when the parameters do not have the architecture's leaves and shapes; and at the end, listing every
+            tensor with a value that is not finite.
     """
+    broken = []
+    for name, tensor in _moved(to, params, m):
+        broken += [] if np.isfinite(tensor).all() else [name]
+        yield name, tensor
+    mapping.refuse("parameters", to, {"not finite": broken}, "train it again, or from an earlier step")
+
+
+def _moved(to: str, params: clip.Params, m: config.Model) -> Iterator[tuple[str, np.ndarray]]:
     for name in _scalars(to, m):
         if name not in params:
             raise DataError(f"the parameters have no {name}", "give a whole model")
@@ -324,7 +333,7 @@ def _unsaid(m: config.Model) -> tuple[str, ...]:
 
 
 def _read_back(writer: Writer, path: Path, params: clip.Params, m: config.Model) -> None:
-    """Opens what was written as any user would, and compares architecture and bits."""
+    """Opens what was written as any user would, and compares architecture and bits, tensor by tensor."""
     source = open_source(path)
     want, got = architecture.flat(m), architecture.flat(source.model)
     towers = WRITERS[writer.name].towers
@@ -336,14 +345,17 @@ def _read_back(writer: Writer, path: Path, params: clip.Params, m: config.Model)
     if lost:
         words = "; ".join(f"{k} {want[k]!r} reads back as {got[k]!r}" for k in lost)
         raise DataError(f"{writer.name} does not keep this architecture: {words}", "please report it")
-    ours = {
-        k: v
-        for k, v in clip.flatten(params).items()
-        if k.split("/")[0] in (*towers, *_scalars(writer.name, m))
-    }
-    for name, leaf in source.leaves():
-        mine = np.asarray(ours.pop(name, np.zeros(0)), np.float32)
-        if mine.shape != leaf.shape or not np.array_equal(mine.view(np.uint32), leaf.view(np.uint32)):
+    left = set(source.state)
+    # In the format's own layout: no stacked copy of a leaf is made again.
+    for name, mine in _moved(writer.name, params, m):
+        theirs = source.state.get(name, np.zeros(0, np.float32))
+        left.discard(name)
+        if mine.shape != theirs.shape or not np.array_equal(_bits(mine), _bits(theirs)):
             raise DataError(f"{name} does not read back bit for bit", "the disk or the memory is faulty")
-    if ours:
-        raise DataError(f"{', '.join(ours)} did not read back", "please report it")
+        source.release()
+    if left:
+        raise DataError(f"{', '.join(sorted(left)[:4])} should not be there", "please report it")
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x, np.float32).reshape(-1).view(np.uint32)

@@ -6,6 +6,7 @@ import csv
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/data.md", "docs/evaluating.md", "CONTRIBUTING.md"]
+PAGES = ["README.md", "docs/data.md", "docs/evaluating.md", "docs/converting.md", "CONTRIBUTING.md"]
 # Run by `make`'s own test below, by CI itself, or not without a package index.
 ELSEWHERE = ("make ", "pip install", ".venv/bin/pre-commit")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
@@ -46,6 +47,7 @@ def home(tmp_path_factory) -> Path:
     done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "SYNTHETIC" in done.stdout
+    _weights_of_a_user(folder)
     rng = np.random.default_rng(0)
     for name in ("scans", "images"):
         (folder / name).mkdir()
@@ -60,6 +62,24 @@ def home(tmp_path_factory) -> Path:
             split = "test" if i % 10 < 2 else "train"
             table.writerow([name, f"a {modality} slice number {i}", modality, f"p{i}", split])
     return folder
+
+
+def _weights_of_a_user(folder: Path) -> None:
+    """A PyTorch checkpoint, its tokenizer apart, and a run: what the page on conversion begins with."""
+    convert = [
+        sys.executable,
+        "-m",
+        "unimed_jax",
+        "convert",
+        "demo/model",
+        "unimed_clip.pt",
+        "--to",
+        "unimed",
+    ]
+    subprocess.run(convert, cwd=folder, check=True, capture_output=True, timeout=120)
+    (folder / "tokenizer").mkdir()
+    shutil.copy(folder / "demo" / "model" / "tokenizer.json", folder / "tokenizer")
+    shutil.copytree(folder / "demo" / "runs" / "phantom", folder / "runs" / "unimed")
 
 
 def shorten(command: str) -> str:
@@ -90,6 +110,8 @@ def test_every_command_runs(page, home):
                 target = home / words[words.index(flag) + 1]
                 if target.is_file():
                     target.unlink()
+        if words[1] == "convert":  # several pages make the same model
+            shutil.rmtree(home / words[3], ignore_errors=True)
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
             [sys.executable, "-m", "unimed_jax", *words[1:]],

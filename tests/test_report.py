@@ -130,9 +130,34 @@ def test_a_run_becomes_one_page(run):
         assert word in text, word
     assert page.tags.count("svg") == 1 + 5
     assert page.tags.count("img") == 2
-    value = results.read(run / "eval/step_20")["tasks"][0]["values"]["balanced_accuracy"]
-    assert f"{value['value']:.3f}" in text
-    assert f"[{value['low']:.3f}, {value['high']:.3f}]" in text
+    values = results.read(run / "eval/step_20")["tasks"][0]["values"]
+    for name in ("balanced_accuracy", "average_precision", "kappa", "f1"):
+        assert f"{values[name]['value']:.3f} [{values[name]['low']:.3f}, {values[name]['high']:.3f}]" in text
+    assert "the scores are no probabilities" in text
+    assert "ECE (lower is better)" in text
+
+
+def test_delong_stands_below_the_bootstrap(tmp_path):
+    task = tasks.Task(name="two", classes={"a": ("x",), "b": ("y",)}, metric="auroc")
+    labels = np.arange(40) % 2
+    scores = np.random.default_rng(1).normal(size=(40, 2)) + np.eye(2)[labels]
+    found = metrics.classification(scores, labels, ["a", "b"], resamples=50)
+    whole = made(tmp_path / "other")
+    whole.tasks = [results.TaskResult(task=task, metrics=found)]
+    whole.save(tmp_path / "two")
+    assert found.delong is not None
+    text = " ".join(" ".join(Page(report.render(report.from_run(tmp_path / "two"))).text).split())
+    shown = f"{found.delong.value:.3f} [{found.delong.low:.3f}, {found.delong.high:.3f}]"
+    assert f"AUROC, DeLong's interval {shown}" in text
+    assert f"- two: AUROC by DeLong {shown}" in (tmp_path / "two" / "results.md").read_text()
+    assert ",auroc_delong," in (tmp_path / "two" / "results.csv").read_text()
+    # results of a version that knew three metrics are still shown
+    stored = results.read(tmp_path / "two")
+    t = stored["tasks"][0]
+    t["values"] = {k: t["values"][k] for k in metrics.METRICS}
+    del t["chances"], t["auroc_delong"]
+    (tmp_path / "two" / "results.json").write_text(json.dumps(stored))
+    assert "AUROC" in report.render(report.from_run(tmp_path / "two"))
 
 
 def test_nothing_is_loaded_from_elsewhere(run):

@@ -7,7 +7,7 @@ that is undefined (no records, one class, one subject) is None with the reason; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,23 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from unimed_jax.errors import DataError
+from unimed_jax.evaluate import delong, tallies
 
-METRICS = ("accuracy", "balanced_accuracy", "auroc")
-_SLAB = 16_000_000  # weights held at once (64 MB in float32)
+METRICS = (
+    "accuracy",
+    "balanced_accuracy",
+    "auroc",
+)  # what a task may be judged by: their chance is a constant
+ALL = (*METRICS, "average_precision", "f1", "precision", "recall", "kappa", "ece", "brier")
+TITLES = {
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "f1": "F1",
+    "kappa": "Cohen's kappa",
+    "ece": "ECE",
+    "brier": "Brier score",
+}
+LOWER_IS_BETTER = ("ece", "brier")
 _MIN_DEFINED = 0.9  # share of resamples in which a metric must exist for its interval to be reported
 
 
@@ -57,11 +71,36 @@ class Metrics:
 
     n: int
     subjects: int
-    values: dict[str, Value]
+    values: dict[str, Value]  # by the names in ALL
     recall: dict[str, Value]
     confusion: Int[np.ndarray, "c c"]  # rows: true class, columns: predicted
     support: dict[str, int]
+    delong: Value | None = (
+        None  # AUROC with DeLong's interval; None unless two classes and every subject is single
+    )
     notes: list[str] = field(default_factory=list)
+
+    def chance(self, metric: str) -> float | None:
+        """What guessing reaches on these records; None where it depends on how one guesses."""
+        return chance(metric, list(self.support.values()))
+
+
+def chance(metric: str, support: Sequence[int]) -> float | None:
+    """What guessing without looking reaches, from the number of records of each class.
+
+    Example:
+        >>> chance("auroc", [30, 10]), chance("average_precision", [30, 10]), chance("f1", [30, 10])
+        (0.5, 0.25, None)
+    """
+    n, present = sum(support), sum(s > 0 for s in support)
+    if metric == "average_precision" and n:
+        return support[1] / n if len(support) == 2 else 1 / present
+    return {
+        "accuracy": 1 / len(support),
+        "balanced_accuracy": 1 / len(support),
+        "auroc": 0.5,
+        "kappa": 0.0,
+    }.get(metric)
 
 
 def classification(
@@ -70,71 +109,106 @@ def classification(
     classes: Sequence[str],
     groups: Sequence[Any] | None = None,
     *,
+    probabilities: Float[np.ndarray, "n c"] | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Metrics:
-    """Accuracy, balanced accuracy, AUROC and recall a class, each with a 95 % percentile interval.
+    """All metrics in `ALL` and the recall of each class, each with a 95 % percentile interval.
 
-    Balanced accuracy is the mean recall over the classes that occur; AUROC of two classes ranks by the difference of
-    their scores, of more classes it is the unweighted mean of one-vs-rest over the classes that occur, ties counting
-    one half. Subjects, not records, are resampled: slices of one volume are one observation.
+    Balanced accuracy is the mean recall over the classes that occur. AUROC and average precision rank two classes by
+    the difference of their scores, class 1 being positive; of more classes they are the unweighted mean of one-vs-rest
+    over the classes that occur. AUROC counts ties one half; average precision takes equal scores together. F1,
+    precision and recall are those of class 1 of two; of more they are the unweighted mean over the classes that occur
+    or are predicted, 0/0 counting 0 (as in scikit-learn). Kappa is Cohen's, unweighted.
+
+    The calibration error `ece` (15 bins of equal width, confidence of the predicted class) and the Brier score (sum
+    over all classes, so 0 to 2) judge the given probabilities. For zero-shot results these are the softmax of
+    logit_scale x cosine: both figures are about the model's own scores, with no calibration in between. A plug-in ECE
+    is biased upwards and its resamples more so: its interval may lie above the value.
+
+    Subjects, not records, are resampled: slices of one volume are one observation. Where every subject is a single
+    record, the AUROC of two classes has DeLong's interval, too.
 
     Args:
         scores: higher is more likely; finite. The predicted class is the first maximum.
         labels: class indices below `len(classes)`.
         classes: their names.
         groups: subject of each record; None = every record is its own subject.
+        probabilities: of each class, rows adding up to 1; None = the scores are none, ECE and Brier are undefined.
         resamples: bootstrap resamples; 0 = no intervals.
         seed: of the resampling.
 
     Raises:
-        DataError: for shapes that do not fit, labels outside the classes, or scores that are not finite.
+        DataError: for shapes that do not fit, labels outside the classes, scores that are not finite, or
+            probabilities that are none.
 
     Example:
         >>> scores = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
         >>> m = classification(scores, np.array([0, 1, 1, 1]), ["a", "b"])
-        >>> m.values["accuracy"].value, m.confusion.tolist()
-        (0.75, [[1, 0], [1, 2]])
+        >>> m.values["accuracy"].value, m.values["precision"].value, m.confusion.tolist()
+        (0.75, 1.0, [[1, 0], [1, 2]])
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.int64)
-    n, c = _check(scores, labels, classes, groups)
-    subject = np.arange(n) if groups is None else _codes(groups)
+    if probabilities is not None:
+        probabilities = np.asarray(probabilities, np.float64)
+    n = _check(scores, labels, classes, groups, probabilities)
+    subject = np.arange(n) if groups is None else tallies.codes(groups)
     subjects = int(subject.max()) + 1 if n else 0
-    predicted = scores.argmax(1) if n else np.zeros(0, np.int64)
-    ranks = _rankings(scores, labels, c)
-
-    point = _weighted(np.ones((1, n)), labels, predicted, ranks, c)
-    draws = [
-        _weighted(w[:, subject], labels, predicted, ranks, c)
-        for w in _subject_weights(subjects, n, resamples, seed)
-        if n and subjects > 1
-    ]
-    boot = {k: np.concatenate([d[k] for d in draws]) for k in point} if draws else {}
-    confusion = _tally(np.ones((1, n)), labels, predicted, c)[0].astype(np.int64)
+    prepared = tallies.prepare(scores, labels, probabilities)
+    once = np.ones((1, n))
+    point, boot = tallies.weighted(prepared, once), tallies.resampled([prepared], subject, resamples, seed)[0]
+    confusion = tallies.table(prepared, once)[0].astype(np.int64)
     support = dict(zip(classes, (int(s) for s in confusion.sum(1)), strict=True))
-    missing = [k for k, s in support.items() if not s]
-
-    def value(name: str, reason: str) -> Value:
-        return _interval(float(point[name][0]), boot.get(name), reason)
-
-    none = "no records" if not n else "only one class occurs"
-    values = {name: value(name, none) for name in METRICS}
-    recall = {k: value(f"recall/{i}", "no records of this class") for i, k in enumerate(classes)}
-    notes = [f"no records of: {', '.join(missing)}"] if missing and n else []
-    if resamples and n and subjects < 2:
-        notes.append("no intervals: all records belong to one subject")
+    reasons = _reasons(classes, confusion, probabilities is not None)
+    single = len(classes) == 2 and subjects == n
     return Metrics(
         n=n,
         subjects=subjects,
-        values=values,
-        recall=recall,
+        values={k: interval(float(point[k][0]), boot.get(k), reasons[k]) for k in ALL},
+        recall={
+            k: interval(float(point[f"recall/{i}"][0]), boot.get(f"recall/{i}"), "no records of this class")
+            for i, k in enumerate(classes)
+        },
         confusion=confusion,
         support=support,
-        notes=notes,
+        delong=_delong(scores, labels) if single and min(support.values()) else None,
+        notes=_notes(classes, confusion, resamples > 0 and subjects < 2),
     )
 
 
-def _check(scores, labels, classes, groups) -> tuple[int, int]:
+def _reasons(classes: Sequence[str], confusion: np.ndarray, probable: bool) -> Mapping[str, str]:
+    """Why a metric of these records does not exist, if it does not."""
+    empty = not confusion.sum()
+    out: dict[str, str] = dict.fromkeys(ALL, "no records" if empty else "only one class occurs")
+    if not probable:
+        out |= dict.fromkeys(("ece", "brier"), "the scores are no probabilities")
+    if len(classes) == 2 and not empty:
+        out["precision"] = f"{classes[1]} is never predicted"
+        out["recall"] = f"no records of {classes[1]}"
+        out["f1"] = f"{classes[1]} neither occurs nor is predicted"
+    return out
+
+
+def _notes(classes: Sequence[str], confusion: np.ndarray, one_subject: bool) -> list[str]:
+    if not confusion.sum():
+        return []
+    named = lambda where: ", ".join(k for k, yes in zip(classes, where, strict=True) if yes)
+    occurs, said = confusion.sum(1) > 0, confusion.sum(0) > 0
+    notes = [f"no records of: {named(~occurs)}"] if not occurs.all() else []
+    if len(classes) > 2 and (occurs & ~said).any() and occurs.sum() > 1:
+        notes.append(f"never predicted, counted as precision 0: {named(occurs & ~said)}")
+    return notes + (["no intervals: all records belong to one subject"] if one_subject else [])
+
+
+def _delong(scores: np.ndarray, labels: np.ndarray) -> Value:
+    positive = labels == 1
+    if min(positive.sum(), (~positive).sum()) < 2:
+        return Value(None, reason="fewer than two records of a class")
+    value, low, high = delong.interval(tallies.binary_score(scores), positive)
+    return Value(value, low, high, "" if low is not None else "no interval: DeLong's variance is 0")
+
+
+def _check(scores, labels, classes, groups, probabilities) -> int:
     n, c = len(labels), len(classes)
     if scores.shape != (n, c):
         raise DataError(
@@ -149,79 +223,25 @@ def _check(scores, labels, classes, groups) -> tuple[int, int]:
     if not np.isfinite(scores).all():
         row = int(np.argmax(~np.isfinite(scores).all(1)))
         raise DataError(f"metrics: record {row} has scores that are not finite", "check the model's weights")
-    return n, c
+    if probabilities is not None:
+        if probabilities.shape != (n, c):
+            raise DataError(f"metrics: probabilities have the shape {probabilities.shape}, not ({n}, {c})")
+        wrong = ~((probabilities >= 0).all(1) & (np.abs(probabilities.sum(1) - 1) < 1e-3))
+        if wrong.any():
+            raise DataError(
+                f"metrics: record {int(wrong.argmax())} has probabilities that do not add up to 1"
+            )
+    return n
 
 
-def _codes(groups: Sequence[Any]) -> np.ndarray:
-    order: dict[Any, int] = {}
-    return np.array([order.setdefault(g, len(order)) for g in groups], np.int64)
+def interval(value: float, draws: Float[np.ndarray, "r"] | None, reason: str) -> Value:
+    """A value with the percentiles of its resamples.
 
-
-def _subject_weights(subjects: int, n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each subject is drawn, in slabs `[resamples, subjects]`; the slab size never changes the draws."""
-    rng = np.random.default_rng(seed)
-    rows = max(1, _SLAB // max(n, 1))
-    for start in range(0, resamples if subjects else 0, rows):
-        size = min(rows, resamples - start)
-        yield np.stack(
-            [np.bincount(rng.integers(subjects, size=subjects), minlength=subjects) for _ in range(size)]
-        )
-
-
-def _rankings(
-    scores: np.ndarray, labels: np.ndarray, c: int
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each one-vs-rest problem: the order by score, where each run of equal scores starts, who is positive."""
-    columns = [scores[:, 1] - scores[:, 0]] if c == 2 else [scores[:, k] for k in range(c)]
-    out = []
-    for k, s in enumerate(columns):
-        order = np.argsort(s, kind="stable")
-        starts = np.flatnonzero(np.diff(s[order], prepend=-np.inf))
-        out.append((order, starts, (labels == (1 if c == 2 else k))[order]))
-    return out
-
-
-def _tally(w: np.ndarray, labels: np.ndarray, predicted: np.ndarray, c: int) -> np.ndarray:
-    """Weighted confusion matrices `[resamples, true, predicted]`."""
-    cell = np.zeros((len(labels), c * c))
-    cell[np.arange(len(labels)), labels * c + predicted] = 1
-    return (w @ cell).reshape(len(w), c, c)
-
-
-def _weighted(w: np.ndarray, labels, predicted, ranks, c: int) -> dict[str, np.ndarray]:
-    """Every metric for each row of weights; NaN where it does not exist (internal only)."""
-    table = _tally(w, labels, predicted, c)
-    hits, support = np.einsum("rkk->rk", table), table.sum(2)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        recall = hits / np.where(support > 0, support, np.nan)
-        accuracy = hits.sum(1) / np.where(w.sum(1) > 0, w.sum(1), np.nan)
-    several = (support > 0).sum(1) > 1
-    return {
-        "accuracy": accuracy,
-        "balanced_accuracy": np.where(several, _mean_defined(recall), np.nan),
-        "auroc": np.where(several, _mean_defined(np.stack([_auroc(w, *r) for r in ranks], 1)), np.nan),
-        **{f"recall/{k}": recall[:, k] for k in range(c)},
-    }
-
-
-def _auroc(w: np.ndarray, order: np.ndarray, starts: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Weighted area under the ROC curve: P(score of a positive > of a negative) + P(equal) / 2."""
-    if not len(starts):
-        return np.full(len(w), np.nan)
-    w = w[:, order]
-    pos = np.add.reduceat(w * positive, starts, axis=1)  # [resamples, distinct scores]
-    neg = np.add.reduceat(w * ~positive, starts, axis=1)
-    below = np.cumsum(neg, axis=1) - neg
-    pairs = pos.sum(1) * neg.sum(1)
-    return (pos * (below + neg / 2)).sum(1) / np.where(pairs > 0, pairs, np.nan)
-
-
-def _mean_defined(x: np.ndarray) -> np.ndarray:
-    count = np.isfinite(x).sum(1)
-    return np.where(count > 0, np.nansum(x, axis=1) / np.maximum(count, 1), np.nan)
-
-
-def _interval(value: float, draws: np.ndarray | None, reason: str) -> Value:
+    Args:
+        value: NaN = undefined, for the reason given.
+        draws: the value in each resample, NaN where it does not exist; None = no interval.
+        reason: said where the value is undefined.
+    """
     if not np.isfinite(value):
         return Value(None, reason=reason)
     if draws is None:

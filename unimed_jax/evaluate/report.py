@@ -14,7 +14,7 @@ from typing import Any
 
 from unimed_jax import __version__
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import plots, results
+from unimed_jax.evaluate import metrics, plots, results
 
 TEMPLATES = Path(__file__).parent / "templates"
 _CONFIG = (  # settings that a reader of a report asks for first
@@ -144,7 +144,7 @@ def render(page: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda x: f"{100 * x:.0f} %"
-    environment.filters["words"] = lambda m: "AUROC" if m == "auroc" else m.replace("_", " ")
+    environment.filters["words"] = words
     environment.filters["figure"] = lambda x: "–" if x is None else f"{x:.3f}"
     return environment.get_template("report.html.j2").render(page=page, use=results.USE, version=__version__)
 
@@ -213,12 +213,43 @@ def _task(t: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> dict[str,
         "title": _title(t["name"]),
         "main": t["values"][t["metric"]],
         "rows": rows,
-        "metrics": list(t["values"]),
+        "metrics": _metric_rows(t, rows),
         "plot": plots.intervals(t),
         "matrix": _matrix(t),
         "hits": [_shown(e) for e in shown if e["hit"]],
         "misses": [_shown(e) for e in shown if not e["hit"]],
     }
+
+
+def _metric_rows(t: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each metric, the task's own first; DeLong's interval below the bootstrap's."""
+    chances = t.get("chances", {})
+    order = sorted(t["values"], key=lambda k: k != t["metric"])
+    out = []
+    for k in order:
+        out.append(
+            {
+                "name": words(k),
+                "ours": k == t["metric"],
+                "values": [m["values"].get(k) for m in methods],
+                "chance": chances.get(k),
+            }
+        )
+        if k == "auroc" and "auroc_delong" in t:
+            values = [t["auroc_delong"]] + [None] * (len(methods) - 1)
+            out.append({"name": "AUROC, DeLong's interval", "ours": False, "values": values, "chance": None})
+    return out
+
+
+def words(metric: str) -> str:
+    """A metric's name for readers; calibration errors say that less is better.
+
+    Example:
+        >>> words("balanced_accuracy"), words("ece")
+        ('balanced accuracy', 'ECE (lower is better)')
+    """
+    name = metrics.TITLES.get(metric, metric.replace("_", " "))
+    return f"{name} (lower is better)" if metric in metrics.LOWER_IS_BETTER else name
 
 
 def _title(name: str) -> str:

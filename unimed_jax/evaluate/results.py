@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate.metrics import Metrics, Value
+from unimed_jax.evaluate.metrics import ALL, TITLES, Metrics, Value
 from unimed_jax.evaluate.tasks import Task
 
 FORMAT, VERSION = "unimed_jax.results", 1
@@ -24,6 +24,7 @@ _COLUMNS = (
     *("task", "method", "metric", "value", "low", "high", "n", "subjects", "chance"),
     *("prompts_sha256", "model_sha256", "code"),
 )
+_PREDICTED = ("task", "key", "subject", "label", "predicted", "score", "log_scores")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,11 +35,22 @@ class Prediction:
     label: str
     predicted: str
     scores: dict[str, float]  # softmax of logit_scale x cosine
+    subject: int = 0  # number of its subject within the task, by first occurrence: no identifier
+    log_scores: tuple[
+        float, ...
+    ] = ()  # logarithms of the scores, in the order of the classes: never saturated
 
     def row(self) -> dict[str, Any]:
-        """One line of predictions.csv."""
-        score = self.scores[self.predicted]
-        return {"key": self.key, "label": self.label, "predicted": self.predicted, "score": score}
+        """One line of predictions.csv; the logarithms are what `report --compare` computes with."""
+        logs = f"[{', '.join(f'{x:.7g}' for x in self.log_scores)}]"
+        return {
+            "key": self.key,
+            "subject": self.subject,
+            "label": self.label,
+            "predicted": self.predicted,
+            "score": self.scores[self.predicted],
+            "log_scores": logs,
+        }
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,6 +87,7 @@ class TaskResult:
             },
             "support": m.support,
             "values": {k: v.json() for k, v in m.values.items()},
+            **({"auroc_delong": m.delong.json()} if m.delong else {}),
             "recall": {k: v.json() for k, v in m.recall.items()},
             "confusion": m.confusion.tolist(),
             "notes": m.notes,
@@ -82,6 +95,7 @@ class TaskResult:
                 name: {"n": r.n, "subjects": r.subjects, "values": {k: v.json() for k, v in r.values.items()}}
                 for name, r in self.references.items()
             },
+            "chances": {k: m.chance(k) for k in m.values},
         }
 
 
@@ -117,17 +131,19 @@ class Results:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each metric of the model and of each reference."""
+        """One row for each metric of the model and of each reference, and for each class's recall."""
         out = []
         for t in self.tasks:
             for method, m in {"model": t.metrics, **t.references}.items():
-                out += [self._row(t, method, m, metric, v) for metric, v in m.values.items()]
+                values = m.values | ({"auroc_delong": m.delong} if m.delong else {})
+                values |= {f"recall: {k}": v for k, v in m.recall.items()}
+                out += [self._row(t, method, m, metric, v) for metric, v in values.items()]
         return out
 
     def _row(self, t: TaskResult, method: str, m: Metrics, metric: str, v: Value) -> dict[str, Any]:
         ours = method == "model"
         values = (t.task.name, method, metric, v.value, v.low, v.high, m.n, m.subjects)
-        chance = 0.5 if metric == "auroc" else 1 / len(t.task.classes)
+        chance = m.chance(metric.removesuffix("_delong"))
         hashes = (t.task.digest if ours else "", self.model["sha256"] if ours else "", self.code["revision"])
         return dict(zip(_COLUMNS, (*values, chance, *hashes), strict=True))
 
@@ -144,9 +160,25 @@ class Results:
             )
             for reference, r in t.references.items():
                 rows.append((f"{name}: {reference}", f"{r.n}", metric, r.values[metric].text(), "", ""))
-        table = [f"| {' | '.join(row)} |" for row in rows]
         notes = [f"- {t.task.name}: {note}" for t in self.tasks for note in t.metrics.notes]
-        return "\n".join([head, "", *table, "", *notes]).rstrip() + "\n"
+        notes += [
+            f"- {t.task.name}: AUROC by DeLong {t.metrics.delong.text()}"
+            for t in self.tasks
+            if t.metrics.delong
+        ]
+        values = "All values; their intervals are in results.csv."
+        return "\n".join([head, "", *_lines(rows), "", values, "", *self._wide(), "", *notes]).rstrip() + "\n"
+
+    def _wide(self) -> list[str]:
+        """A column for every metric, without intervals: those would not fit."""
+        columns = ("task", *(TITLES.get(k, k.replace("_", " ")) for k in ALL))
+        rows: list[Sequence[str]] = [columns, ["---"] * len(columns)]
+        for t in self.tasks:
+            for name, m in {"": t.metrics, **t.references}.items():
+                figures = (m.values[k].value for k in ALL)
+                shown = ("–" if v is None else f"{v:.3f}" for v in figures)
+                rows.append((f"{t.task.name}: {name}" if name else t.task.name, *shown))
+        return _lines(rows)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Writes results.json, .md, .csv, predictions.csv and examples.json; results.json last, so it marks the end.
@@ -164,7 +196,7 @@ class Results:
         examples = {t.task.name: t.examples for t in self.tasks}
         texts = {
             "examples.json": json.dumps(examples),
-            "predictions.csv": to_csv(predictions, ("task", "key", "label", "predicted", "score")),
+            "predictions.csv": to_csv(predictions, _PREDICTED),
             "results.csv": to_csv(self.rows(), _COLUMNS),
             "results.md": self.markdown(),
             "results.json": json.dumps(self.json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
@@ -197,6 +229,10 @@ def read(folder: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
         raise DataError(f"{path} holds no results that this program reads", "evaluate again")
     return found
+
+
+def _lines(rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def cell(value: Any) -> Any:

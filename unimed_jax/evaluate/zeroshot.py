@@ -26,7 +26,7 @@ from unimed_jax.data import images
 from unimed_jax.data.pipeline import eval_batches
 from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import metrics, tasks
+from unimed_jax.evaluate import metrics, tallies, tasks
 from unimed_jax.evaluate.results import Prediction, Results, TaskResult
 from unimed_jax.infer import Loaded, ensemble
 from unimed_jax.train import run_folder
@@ -219,15 +219,19 @@ def _score(
     groups = [
         facts[i].patient if task.group == "patient" and facts[i].patient else facts[i].key for i in picked
     ]
-    found = metrics.classification(log_p, labels, names, groups, resamples=resamples, seed=seed)
+    found = metrics.classification(
+        log_p, labels, names, groups, probabilities=np.exp(log_p), resamples=resamples, seed=seed
+    )
     predictions = [
         Prediction(
             key=facts[i].key,
             label=names[label],
             predicted=names[int(row.argmax())],
             scores=dict(zip(names, np.exp(row).tolist(), strict=True)),
+            subject=int(subject),
+            log_scores=tuple(row.tolist()),
         )
-        for (i, label), row in zip(picked.items(), log_p, strict=True)
+        for (i, label), row, subject in zip(picked.items(), log_p, tallies.codes(groups), strict=True)
     ]
     return TaskResult(task=task, metrics=found, predictions=predictions)
 

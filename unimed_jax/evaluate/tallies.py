@@ -1,0 +1,196 @@
+"""Every classification metric as a function of weighted records, for all resamples of a bootstrap at once.
+
+A row of weights is one resample: how often each record counts. NaN marks what does not exist; it stays inside
+(`metrics.py` turns it into a reason).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+SLAB = 4_000_000  # weights held at once (32 MB in float64)
+BINS = 15  # of the calibration error, of equal width
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What all resamples of one task share: orders and indicators, no weights."""
+
+    classes: int
+    labels: Int[np.ndarray, "n"]
+    predicted: Int[np.ndarray, "n"]
+    rankings: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # of each one-vs-rest problem
+    gaps: Float[np.ndarray, "n k"] | None  # confidence - hit, in the column of the record's bin
+    brier: Float[np.ndarray, "n"] | None  # squared distance of the probabilities to the truth
+
+
+def prepare(
+    scores: Float[np.ndarray, "n c"],
+    labels: Int[np.ndarray, "n"],
+    probabilities: Float[np.ndarray, "n c"] | None = None,
+) -> Prepared:
+    """Sorts once what every resample needs sorted."""
+    n, c = scores.shape
+    predicted = scores.argmax(1) if n else np.zeros(0, np.int64)
+    gaps = brier = None
+    if probabilities is not None:
+        rows = np.arange(n)
+        confidence = probabilities[rows, predicted]
+        place = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)  # (k/15, (k+1)/15]
+        gaps = np.zeros((n, BINS))
+        gaps[rows, place] = confidence - (predicted == labels)
+        truth = np.zeros((n, c))
+        truth[rows, labels] = 1
+        brier = ((probabilities - truth) ** 2).sum(1)
+    return Prepared(c, labels, predicted, _rankings(scores, labels), gaps, brier)
+
+
+def binary_score(scores: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n"]:
+    """What two classes are ranked by: the score of class 1 above that of class 0."""
+    return scores[:, 1] - scores[:, 0]
+
+
+def _rankings(scores: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each one-vs-rest problem: the order by score, where each run of equal scores starts, who is positive."""
+    c = scores.shape[1]
+    columns = [binary_score(scores)] if c == 2 else list(scores.T)
+    out = []
+    for k, s in enumerate(columns):
+        order = np.argsort(s, kind="stable")
+        starts = np.flatnonzero(np.diff(s[order], prepend=-np.inf))
+        out.append((order, starts, (labels == (1 if c == 2 else k))[order]))
+    return out
+
+
+def codes(groups: Sequence[Any]) -> Int[np.ndarray, "n"]:
+    """Numbers of the groups, by first occurrence.
+
+    Example:
+        >>> codes(["b", "a", "b"])
+        array([0, 1, 0])
+    """
+    order: dict[Any, int] = {}
+    return np.array([order.setdefault(g, len(order)) for g in groups], np.int64)
+
+
+def subject_weights(subjects: int, width: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each subject is drawn, in slabs `[resamples, subjects]`; the slab size never changes the draws.
+
+    Args:
+        subjects: to draw from, with replacement.
+        width: numbers that one resample needs, for the size of a slab.
+        resamples: in all.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    rows = max(1, SLAB // max(width, 1))
+    for start in range(0, resamples if subjects else 0, rows):
+        size = min(rows, resamples - start)
+        yield np.stack(
+            [np.bincount(rng.integers(subjects, size=subjects), minlength=subjects) for _ in range(size)]
+        )
+
+
+def resampled(
+    prepared: Sequence[Prepared], subject: Int[np.ndarray, "n"], resamples: int, seed: int
+) -> list[dict[str, np.ndarray]]:
+    """Every metric of every resample by subject, for several sets of predictions on the same draws.
+
+    Empty with fewer than two subjects.
+    """
+    subjects = int(subject.max()) + 1 if len(subject) else 0
+    width = max(len(subject), *(p.classes**2 for p in prepared))
+    draws: list[list[dict[str, np.ndarray]]] = [[] for _ in prepared]
+    for w in subject_weights(subjects if subjects > 1 else 0, width, resamples, seed):
+        records = w[:, subject].astype(np.float64)
+        for found, p in zip(draws, prepared, strict=True):
+            found.append(weighted(p, records))
+    return [{k: np.concatenate([d[k] for d in found]) for k in found[0]} if found else {} for found in draws]
+
+
+def table(p: Prepared, w: Float[np.ndarray, "r n"]) -> Float[np.ndarray, "r c c"]:
+    """Weighted confusion matrices: rows are the true class, columns the predicted."""
+    from scipy import sparse
+
+    n, c = len(p.labels), p.classes
+    cells = sparse.csr_matrix((np.ones(n), (p.labels * c + p.predicted, np.arange(n))), (c * c, n))
+    return np.asarray(cells @ w.T).T.reshape(len(w), c, c)
+
+
+def weighted(p: Prepared, w: Float[np.ndarray, "r n"]) -> dict[str, Float[np.ndarray, "r"]]:
+    """Every metric for each row of weights; NaN where it does not exist."""
+    counts, total = table(p, w), w.sum(1)
+    several = (counts.sum(2) > 0).sum(1) > 1
+    only = lambda x: np.where(several, x, np.nan)
+    ranked = np.stack([_ranked(w, *r) for r in p.rankings], 2)  # [2, resamples, problems]
+    out = {k: only(_mean_defined(x)) for k, x in zip(("auroc", "average_precision"), ranked, strict=True)}
+    return _of_table(counts, several) | out | _calibration(p, w, total)
+
+
+def _of_table(counts: np.ndarray, several: np.ndarray) -> dict[str, np.ndarray]:
+    """What a confusion matrix alone tells."""
+    hits, support, said = np.einsum("rkk->rk", counts), counts.sum(2), counts.sum(1)
+    total = support.sum(1)
+    recall = _share(hits, support)
+    accuracy = _share(hits.sum(1), total)
+    by_luck = _share((support * said).sum(1), total**2)
+    scores = {
+        "precision": _share(hits, said),
+        "recall": recall,
+        "f1": _share(2 * hits, support + said),
+    }
+    if counts.shape[1] == 2:
+        scores = {k: v[:, 1] for k, v in scores.items()}
+    else:  # 0/0 of a class that occurs or is predicted counts 0, as in scikit-learn
+        seen = support + said > 0
+        zero = {k: np.where(seen, np.nan_to_num(v), np.nan) for k, v in scores.items()}
+        scores = {k: np.where(several, _mean_defined(v), np.nan) for k, v in zero.items()}
+    return {
+        "accuracy": accuracy,
+        "balanced_accuracy": np.where(several, _mean_defined(recall), np.nan),
+        "kappa": np.where(several, _share(accuracy - by_luck, 1 - by_luck), np.nan),
+        **scores,
+        **{f"recall/{k}": recall[:, k] for k in range(counts.shape[1])},
+    }
+
+
+def _calibration(p: Prepared, w: np.ndarray, total: np.ndarray) -> dict[str, np.ndarray]:
+    none = np.full(len(w), np.nan)
+    if p.gaps is None or p.brier is None:
+        return {"ece": none, "brier": none}
+    return {"ece": _share(np.abs(w @ p.gaps).sum(1), total), "brier": _share(w @ p.brier, total)}
+
+
+def _ranked(w: np.ndarray, order: np.ndarray, starts: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Weighted AUROC and average precision `[2, resamples]`.
+
+    AUROC is P(score of a positive > of a negative) + P(equal) / 2; average precision is the precision at each
+    distinct score, weighted by the share of the positives that have it.
+    """
+    if not len(starts):
+        return np.full((2, len(w)), np.nan)
+    w = w[:, order]
+    pos = np.add.reduceat(w * positive, starts, axis=1)  # [resamples, distinct scores]
+    neg = np.add.reduceat(w, starts, axis=1) - pos
+    positives, negatives = pos.sum(1), neg.sum(1)
+    below = np.cumsum(neg, axis=1) - neg
+    auroc = _share((pos * (below + neg / 2)).sum(1), positives * negatives)
+    hits = np.cumsum(pos[:, ::-1], axis=1)[:, ::-1]  # positives at this score or above
+    called = hits + negatives[:, None] - below
+    precision = hits / np.where(called > 0, called, 1)
+    return np.stack([auroc, _share((pos * precision).sum(1), positives)])
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """The quotient, NaN where the whole is 0."""
+    return part / np.where(whole > 0, whole, np.nan)
+
+
+def _mean_defined(x: np.ndarray) -> np.ndarray:
+    count = np.isfinite(x).sum(1)
+    return np.where(count > 0, np.nansum(x, axis=1) / np.maximum(count, 1), np.nan)

@@ -7,7 +7,8 @@ The built-in ones are JSON files in `prompts/`. A task file looks like
      "classes": {"axial": ["an axial MRI slice", ...], ...}}
 
 and a plain `{"class": ["prompt", ...], ...}` is accepted too: its label is the modality when every class is one,
-else the labels that start with the file's name.
+else the labels that start with the file's name. `prompts/unimed21/` holds the prompts for public data sets: these
+files say of which `modality` all pictures of the set are, and their label, too, has the file's name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,18 @@ if TYPE_CHECKING:
     from unimed_jax.data.record import Example
 
 FOLDER = Path(__file__).parent / "prompts"
-_FIELDS = {"name", "version", "description", "where", "label", "ignore", "classes", "metric", "group"}
+_FIELDS = {
+    "name",
+    "version",
+    "description",
+    "modality",
+    "where",
+    "label",
+    "ignore",
+    "classes",
+    "metric",
+    "group",
+}
 _FILTERS = ("modality", "source", "split", "simulated")
 _GROUPS = ("patient", "key")
 _LABEL_PREFIX = "labels:"
@@ -47,6 +59,7 @@ class Task:
     group: str = "patient"  # what is resampled
     version: int = 1
     description: str = ""
+    modality: str = ""  # of all pictures, when they have the same
 
     @property
     def digest(self) -> str:
@@ -165,6 +178,8 @@ def _parse(path: Path) -> Task:
     if unknown:
         raise UsageError(f"{path} has no field {unknown[0]!r}.{did_you_mean(unknown[0], _FIELDS)}")
     raw.setdefault("name", path.stem)
+    if raw.get("modality"):
+        raw.setdefault("label", f"{_LABEL_PREFIX}{path.stem}")
     where = {k: tuple(v) if isinstance(v, list) else (v,) for k, v in raw.pop("where", {}).items()}
     classes = {k: _prompts(v, k, path) for k, v in raw.pop("classes").items()}
     ignore = tuple(raw.pop("ignore", ()))
@@ -204,6 +219,11 @@ def _validate(task: Task, where: str) -> Task:
         for p in prompts:
             if owner.setdefault(p, name) != name:
                 raise UsageError(f"{where}: classes {owner[p]!r} and {name!r} share the prompt {p!r}")
+    if task.modality and task.modality not in MODALITIES:
+        raise UsageError(
+            f"{where}: modality is {task.modality!r}.{did_you_mean(str(task.modality), MODALITIES)}",
+            f"one of {', '.join(MODALITIES)}",
+        )
     if task.metric not in METRICS:
         raise UsageError(f"{where}: metric is {task.metric!r}", f"one of {', '.join(METRICS)}")
     if task.group not in _GROUPS:

@@ -49,7 +49,7 @@ def from_run(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"no folder {folder}", "give a run folder or the --out of unimed-jax eval")
-    found = _newest_results(folder)
+    found = newest_results(folder)
     lines = plots.read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     if found is None and not lines:
         raise DataError(
@@ -110,6 +110,16 @@ def from_predictions(
     }
 
 
+def compared(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a comparison (`compare.folders`): one table a task, its own metric first."""
+    tables = []
+    for t in found["tasks"]:
+        order = sorted(t["values"], key=lambda k: k != t["metric"])
+        rows = [{"name": words(k), "ours": k == t["metric"], **t["values"][k]} for k in order]
+        tables.append({**t, "title": _title(t["name"]), "rows": rows})
+    return {**found, "tables": tables}
+
+
 def write(page: Mapping[str, Any], out: str | Path) -> Path:
     """Renders a page and writes it, atomically.
 
@@ -145,11 +155,13 @@ def render(page: Mapping[str, Any]) -> str:
     )
     environment.filters["percent"] = lambda x: f"{100 * x:.0f} %"
     environment.filters["words"] = words
+    environment.filters["signed"] = lambda x: "–" if x is None else f"{x:+.3f}"
     environment.filters["figure"] = lambda x: "–" if x is None else f"{x:.3f}"
     return environment.get_template("report.html.j2").render(page=page, use=results.USE, version=__version__)
 
 
-def _newest_results(folder: Path) -> Path | None:
+def newest_results(folder: Path) -> Path | None:
+    """The folder of the newest results.json in a run or results folder."""
     found = [p.parent for p in (folder / "results.json", *folder.glob("eval/**/results.json")) if p.is_file()]
     return max(found, key=lambda p: (p / "results.json").stat().st_mtime_ns) if found else None
 

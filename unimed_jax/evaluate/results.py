@@ -24,7 +24,7 @@ _COLUMNS = (
     *("task", "method", "metric", "value", "low", "high", "n", "subjects", "chance"),
     *("prompts_sha256", "model_sha256", "code"),
 )
-_PREDICTED = ("task", "key", "subject", "label", "predicted", "score", "log_scores")
+PREDICTED = ("task", "key", "subject", "label", "predicted", "score", "log_scores")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Prediction:
 
     def row(self) -> dict[str, Any]:
         """One line of predictions.csv; the logarithms are what `report --compare` computes with."""
-        logs = f"[{', '.join(f'{x:.7g}' for x in self.log_scores)}]"
+        logs = f"[{', '.join(f'{x:.9g}' for x in self.log_scores)}]"
         return {
             "key": self.key,
             "subject": self.subject,
@@ -196,7 +196,7 @@ class Results:
         examples = {t.task.name: t.examples for t in self.tasks}
         texts = {
             "examples.json": json.dumps(examples),
-            "predictions.csv": to_csv(predictions, _PREDICTED),
+            "predictions.csv": to_csv(predictions, PREDICTED),
             "results.csv": to_csv(self.rows(), _COLUMNS),
             "results.md": self.markdown(),
             "results.json": json.dumps(self.json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",

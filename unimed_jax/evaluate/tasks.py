@@ -129,7 +129,7 @@ def from_labels(labels: Sequence[str], *, modality: str = "", name: str = "label
     if len(prompts) != len(labels):
         twice = [k for k, n in Counter(labels).items() if n > 1]
         raise UsageError(f"labels are given twice: {', '.join(twice)}")
-    return _validate(Task(name=name, classes=prompts, label=f"{_LABEL_PREFIX}{name}"), "labels")
+    return checked(Task(name=name, classes=prompts, label=f"{_LABEL_PREFIX}{name}"), "labels")
 
 
 _SENTENCES = (
@@ -183,7 +183,7 @@ def _parse(path: Path) -> Task:
     where = {k: tuple(v) if isinstance(v, list) else (v,) for k, v in raw.pop("where", {}).items()}
     classes = {k: _prompts(v, k, path) for k, v in raw.pop("classes").items()}
     ignore = tuple(raw.pop("ignore", ()))
-    return _validate(Task(**raw, classes=classes, where=where, ignore=ignore), str(path))
+    return checked(Task(**raw, classes=classes, where=where, ignore=ignore), str(path))
 
 
 def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
@@ -199,7 +199,17 @@ def _prompts(value: Any, name: str, path: Path) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _validate(task: Task, where: str) -> Task:
+def checked(task: Task, where: str) -> Task:
+    """The task itself, when it is one.
+
+    Args:
+        task: any.
+        where: what to call it in an error.
+
+    Raises:
+        UsageError: for fewer than two classes, empty or shared prompts, names that differ by case only, or an unknown
+            metric, group, label or filter.
+    """
     classes = task.classes
     if len(classes) < 2:
         raise UsageError(

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 
 from unimed_jax import __version__
@@ -116,29 +116,37 @@ def evaluate(
     picked = {t.name: tasks.select(t, facts) for t in chosen}
     union = sorted(set().union(*picked.values()))
     place = {index: row for row, index in enumerate(union)}
-    prompts = _prompt_embeddings(loaded, chosen)
+    prompts = prompt_embeddings(loaded, chosen)
     embeddings = embed(loaded, pool, union, threads=threads, progress=progress)
     done = []
     for t in chosen:
         z = embeddings[[place[i] for i in picked[t.name]]]
-        result = _score(t, picked[t.name], facts, z, prompts, loaded.logit_scale, resamples, seed)
+        mine = {i: facts[i] for i in picked[t.name]}
+        # Without a patient every record is its own subject.
+        groups = [e.patient if t.group == "patient" and e.patient else e.key for e in mine.values()]
+        keys, labels = [e.key for e in mine.values()], np.array(list(picked[t.name].values()), np.int64)
+        result = score(t, keys, labels, groups, z, prompts, loaded.logit_scale, resamples, seed)
         result.references = dict((references or {}).get(t.name, {}))
         subjects = [facts[i].patient or facts[i].key for i in picked[t.name]]
-        result.examples = _examples(result, list(picked[t.name]), z, prompts, pool, subjects, examples)
+        result.examples = pick_examples(result, list(picked[t.name]), z, prompts, pool, subjects, examples)
         done.append(result)
-    return Results(
-        model={
+    return Results(**heading(loaded, _describe(pool, len(union)), resamples, seed), tasks=done)
+
+
+def heading(loaded: Loaded, data: dict[str, Any], resamples: int, seed: int) -> dict[str, Any]:
+    """What results say about model, data, code and settings."""
+    return {
+        "model": {
             "name": loaded.cfg.name,
             "sha256": loaded.digest,
             "dtype": loaded.dtype,
             "logit_scale": loaded.logit_scale,
         },
-        data=_describe(pool, len(union)),
-        code={"version": __version__, "revision": run_folder.git_revision()},
-        settings={"resamples": resamples, "seed": seed, "devices": loaded.mesh.size},
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        tasks=done,
-    )
+        "data": data,
+        "code": {"version": __version__, "revision": run_folder.git_revision()},
+        "settings": {"resamples": resamples, "seed": seed, "devices": loaded.mesh.size},
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def embed(
@@ -191,57 +199,76 @@ def _batches(
         yield waiting
 
 
-def _prompt_embeddings(loaded: Loaded, chosen: Sequence[tasks.Task]) -> dict[str, Float[np.ndarray, "d"]]:
+def prompt_embeddings(loaded: Loaded, chosen: Sequence[tasks.Task]) -> dict[str, Float[np.ndarray, "d"]]:
     """Every prompt of every task, once."""
     texts = list(dict.fromkeys(p for t in chosen for prompts in t.classes.values() for p in prompts))
     return dict(zip(texts, loaded.encode_text(texts), strict=True))
 
 
-def _score(
+def score(
     task: tasks.Task,
-    picked: Mapping[int, int],
-    facts: Mapping[int, Example],
+    keys: Sequence[str],
+    labels: Int[np.ndarray, "n"],
+    groups: Sequence[str],
     z: Float[np.ndarray, "n d"],
     prompts: Mapping[str, Float[np.ndarray, "d"]],
     scale: float,
     resamples: int,
     seed: int,
 ) -> TaskResult:
-    bank = ensemble([np.stack([prompts[p] for p in texts]) for texts in task.classes.values()])
-    logits = scale * (z.astype(np.float64) @ bank.T.astype(np.float64))
+    """Metrics and predictions of one task from embeddings.
+
+    Args:
+        task: its classes and prompts.
+        keys: name of each record.
+        labels: class index of each.
+        groups: subject of each.
+        z: unit image embedding of each.
+        prompts: unit embedding of each prompt text.
+        scale: factor on the cosines.
+        resamples: see `metrics.classification`.
+        seed: see `metrics.classification`.
+
+    Raises:
+        DataError: see `metrics.classification`.
+    """
+    logits = scale * cosines(task, z, prompts)
     logits -= logits.max(1, keepdims=True)
     log_p = logits - np.log(
         np.exp(logits).sum(1, keepdims=True)
     )  # ranks like the softmax, and never saturates
-    labels = np.array(list(picked.values()), np.int64)
     names = list(task.classes)
-    # Without a patient every record is its own subject.
-    groups = [
-        facts[i].patient if task.group == "patient" and facts[i].patient else facts[i].key for i in picked
-    ]
     found = metrics.classification(
         log_p, labels, names, groups, probabilities=np.exp(log_p), resamples=resamples, seed=seed
     )
     predictions = [
         Prediction(
-            key=facts[i].key,
+            key=key,
             label=names[label],
             predicted=names[int(row.argmax())],
             scores=dict(zip(names, np.exp(row).tolist(), strict=True)),
             subject=int(subject),
             log_scores=tuple(row.tolist()),
         )
-        for (i, label), row, subject in zip(picked.items(), log_p, tallies.codes(groups), strict=True)
+        for key, label, row, subject in zip(keys, labels, log_p, tallies.codes(groups), strict=True)
     ]
     return TaskResult(task=task, metrics=found, predictions=predictions)
 
 
-def _examples(
+def cosines(
+    task: tasks.Task, z: Float[np.ndarray, "n d"], prompts: Mapping[str, Float[np.ndarray, "d"]]
+) -> Float[np.ndarray, "n c"]:
+    """Cosine of each picture with each class, a class being the normalised mean of its prompts."""
+    bank = ensemble([np.stack([prompts[p] for p in texts]) for texts in task.classes.values()])
+    return z.astype(np.float64) @ bank.T.astype(np.float64)
+
+
+def pick_examples(
     result: TaskResult,
     indices: Sequence[int],
     z: np.ndarray,
     prompts: Mapping[str, np.ndarray],
-    pool: Pool,
+    pool: Any,
     subjects: Sequence[str],
     count: int,
 ) -> list[dict[str, Any]]:

@@ -1,12 +1,12 @@
-"""Time and memory of a conversion, against a plain copy of the same file; both as processes of their own, in one run.
+"""Time and memory of a conversion, against a copy of the same file; both as processes of their own, in one run.
 
     python tools/bench_convert.py
     python tools/bench_convert.py --model unimed-clip-vit-b16 --to native openclip --rounds 3 --json convert.json
 
 A training checkpoint `{"epoch", "name", "state_dict"}` of random float32 weights is written with torch.save under the
 original's names. Rounds alternate between the copy and the conversions; a figure is the best of `--rounds`. Times are
-those of the whole process, imports included. Memory is the process's peak resident size, which counts mapped pages of
-the file while they are held.
+those of the whole process, imports included; a copy has ended when it is on the disk (`cp` and `sync`), as a
+conversion has. Memory is the process's peak resident size, which counts mapped pages of the file while they are held.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def main() -> None:
             [sys.executable, "-c", code], check=True, cwd=here, env={**os.environ, "JAX_PLATFORMS": "cpu"}
         )
         size = file.stat().st_size
-        jobs = {"copy": ["cp", str(file), f"{temp}/copy.pt"]}
+        copied = f"{temp}/copy.pt"
+        jobs = {"copy": ["sh", "-c", f"cp '{file}' '{copied}' && sync '{copied}'"]}
         for to in args.to:
             out = f"{temp}/{to}" + (".pt" if to == "unimed" else "")
             jobs[to] = [sys.executable, "-m", "unimed_jax", "convert", str(file), out, "--to", to, "--force"]

@@ -21,6 +21,7 @@ import numpy as np
 from unimed_jax import __version__, config
 from unimed_jax.convert import card
 from unimed_jax.convert.hf import read_with_metadata
+from unimed_jax.convert.mapping import finite
 from unimed_jax.convert.tensor_writer import write_safetensors
 from unimed_jax.data.images import NORMALIZE
 from unimed_jax.data.text import Tokenizer
@@ -236,7 +237,7 @@ def checked(
             faults["mis-shaped"].append(f"{name} {list(value.shape)} instead of {list(wanted[name].shape)}")
         elif value.dtype != np.float32:
             faults["no float32"].append(name)
-        elif not np.isfinite(value).all():
+        elif not finite(value):
             faults["not finite"].append(name)
         else:
             yield name, value

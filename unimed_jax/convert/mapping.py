@@ -245,7 +245,7 @@ def not_finite(state: State, table: Table, m: config.Model) -> list[str]:
     shapes = their_shapes(table, m)
     found = {table.spelled(k): v for k, v in state.items()}
     usable = (k for k in sorted(shapes.keys() & found.keys()) if tuple(found[k].shape) == shapes[k])
-    return [k for k in usable if _is_float(found[k].dtype) and not _finite(np.asarray(found[k], np.float32))]
+    return [k for k in usable if _is_float(found[k].dtype) and not finite(np.asarray(found[k], np.float32))]
 
 
 def to_params(state: State, table: Table, m: config.Model, *, where: str = "") -> clip.Params:
@@ -377,7 +377,7 @@ def _fill(theirs: np.ndarray, move: str, part: np.ndarray, key: str, broken: lis
     with np.errstate(over="ignore"):
         _copy(moved, part)
     exact = theirs.dtype.itemsize <= 4 or np.array_equal(part.astype(theirs.dtype), moved)
-    if not exact or not _finite(part):
+    if not exact or not finite(part):
         broken.append(key)
 
 
@@ -389,8 +389,8 @@ def _copy(moved: np.ndarray, out: np.ndarray) -> None:
         out[...] = moved
 
 
-def _finite(a: np.ndarray) -> bool:
-    # Minimum and maximum carry NaN and need no array of flags.
+def finite(a: np.ndarray) -> bool:
+    """Whether every value is finite: minimum and maximum carry NaN and need no array of flags."""
     return a.size == 0 or (math.isfinite(a.min()) and math.isfinite(a.max()))
 
 

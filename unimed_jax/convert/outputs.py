@@ -247,7 +247,7 @@ def tensors(to: str, params: clip.Params, m: config.Model) -> Iterator[tuple[str
     """
     broken = []
     for name, tensor in _moved(to, params, m):
-        broken += [] if np.isfinite(tensor).all() else [name]
+        broken += [] if mapping.finite(tensor) else [name]
         yield name, tensor
     mapping.refuse("parameters", to, {"not finite": broken}, "train it again, or from an earlier step")
 

@@ -11,14 +11,17 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from unimed_jax.data.writer import file_sha256
 from unimed_jax.errors import DataError
+
+Item = TypeVar("Item")
 
 
 def write_safetensors(
@@ -54,7 +57,7 @@ def write_safetensors(
     with file.open("wb") as f, _Digest() as digest:
         f.write(len(text).to_bytes(8, "little") + text)
         digest.add(0, len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors:
+        for name, tensor in _ahead(tensors):
             if name not in left or tuple(tensor.shape) != tuple(shapes[name]):
                 raise DataError(f"{file.name}: tensor {name} {list(tensor.shape)} was not announced")
             left.remove(name)
@@ -68,6 +71,16 @@ def write_safetensors(
     if left:
         raise DataError(f"{file.name}: {len(left)} tensors were announced and never came: {sorted(left)[0]}")
     return digest.value or file_sha256(file)
+
+
+def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items; the next one is made in a thread while one is being used."""
+    source = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="tensors") as pool:
+        following = pool.submit(next, source, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, source, None)
+            yield item
 
 
 class _Digest:

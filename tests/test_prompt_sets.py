@@ -220,8 +220,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 
 
+# RadImageNet has 165 classes of three modalities: where in the order each modality's are.
+ULTRASOUND, CT = {*range(144, 158), 164}, {*range(85, 112), 136, *range(158, 164)}
+
+
 def names() -> list[str]:
     return sorted(CLASSES)
+
+
+def every() -> list[str]:
+    return sorted([*CLASSES, "radimagenet"])
 
 
 def sentences(name: str) -> list[tuple[str, str]]:
@@ -229,8 +237,8 @@ def sentences(name: str) -> list[tuple[str, str]]:
 
 
 def test_there_is_one_file_for_each_set_and_none_else():
-    assert sorted(p.stem for p in FOLDER.iterdir()) == names()
-    assert not set(CLASSES) & set(tasks.names())  # no records belong to them: they are no built-in tasks
+    assert sorted(p.stem for p in FOLDER.iterdir()) == every()
+    assert not set(every()) & set(tasks.names())  # no records belong to them: they are no built-in tasks
 
 
 @pytest.mark.parametrize("name", names())
@@ -244,7 +252,21 @@ def test_classes_modality_and_label(name):
     assert task.version >= 1
 
 
-@pytest.mark.parametrize("name", names())
+def test_radimagenet_names_the_modality_of_every_class():
+    task = tasks.load(FOLDER / "radimagenet.json")
+    assert (len(task.classes), task.modality, task.label) == (165, "", "labels:radimagenet")
+    words = {
+        "US": r"ultraso|sonogra",
+        "CT": r"\bCT\b|computed tomography",
+        "MRI": r"\bMRI?\b|magnetic resonance",
+    }
+    for i, texts in enumerate(task.classes.values()):
+        own = "US" if i in ULTRASOUND else "CT" if i in CT else "MRI"
+        for text in texts:
+            assert [m for m, word in words.items() if re.search(word, text)] == [own], text
+
+
+@pytest.mark.parametrize("name", every())
 def test_every_class_has_as_many_sentences_of_a_sensible_length(name):
     counts = {len(p) for p in tasks.load(FOLDER / f"{name}.json").classes.values()}
     assert len(counts) == 1
@@ -257,13 +279,13 @@ def test_every_class_has_as_many_sentences_of_a_sensible_length(name):
         assert not text.endswith("."), text
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", every())
 def test_no_sentence_comes_twice(name):
     plain = [re.sub(r"[^a-z0-9 ]", "", text.lower()) for _, text in sentences(name)]
     assert sorted(plain) == sorted(set(plain))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", every())
 def test_us_spelling(name):
     british = r"haemat|haemor|oedema|tumour|colour|oesoph|naev|grey|fibre|centre|leuco"
     assert not [text for _, text in sentences(name) if re.search(british, text, re.I)]
@@ -289,7 +311,7 @@ def test_no_sentence_is_one_that_training_reads():
     source = Phantom(n=240, size=32)
     drawn = {c.text.lower() for item in source.items() for c in source.example(item).captions}
     assert "frontal chest x-ray" in drawn
-    for name in names():
+    for name in every():
         for _, text in sentences(name):
             assert text.lower() not in drawn, (name, text)
             assert not any(p.fullmatch(text) for p in patterns), (name, text)
@@ -327,7 +349,7 @@ def test_every_class_is_named_and_the_check_for_other_classes_can_fail(name):
 
 def test_the_prompts_are_those_of_their_version():
     """A change of a sentence changes every score: raise `version` in the file, then renew the golden file."""
-    now = {n: [t.version, t.digest] for n in names() for t in [tasks.load(FOLDER / f"{n}.json")]}
+    now = {n: [t.version, t.digest] for n in every() for t in [tasks.load(FOLDER / f"{n}.json")]}
     assert now == json.loads(GOLDEN.read_text())
 
 

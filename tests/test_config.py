@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from unimed_jax import config
+from unimed_jax import config, config_rules
 from unimed_jax.data import images
 from unimed_jax.errors import UsageError
 
@@ -80,11 +80,11 @@ def test_from_dict_names_what_is_wrong(values, words):
     ],
 )
 def test_validate_refuses(path, value, word):
-    c = config.validate(config.Train())
+    c = config_rules.validate(config.Train())
     holder, _, name = path.rpartition(".")
     setattr(config.get_path(c, holder) if holder else c, name, value)
     with pytest.raises(UsageError, match="config: ") as e:
-        config.validate(c)
+        config_rules.validate(c)
     assert word in str(e.value)
 
 
@@ -104,11 +104,11 @@ def test_every_number_has_a_range():
         r"|model\.init_.*|model\.text\.eot_id"
     )
     free = {path for path in numbers(config.Train()) if not otherwise.fullmatch(path)}
-    assert free == set(config._RANGES)
+    assert free == set(config_rules.RANGES)
 
 
 def test_words_of_the_normalisation_are_those_of_the_pictures():
-    assert config._CHOICES["model.vision.normalize"] == tuple(images.NORMALIZE)
+    assert config_rules.CHOICES["model.vision.normalize"] == tuple(images.NORMALIZE)
 
 
 def test_durations_agree():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from unimed_jax import config
+from unimed_jax import config, config_rules
 from unimed_jax.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,7 @@ def get_config(path: Path, arg: str = "") -> config.Train:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_config_builds_and_equals_its_snapshot(path):
     built = get_config(path)
-    config.validate(built)
+    config_rules.validate(built)
     found = config.to_dict(built)
     golden = GOLDEN / f"{path.stem}.json"
     if os.environ.get("UPDATE_GOLDEN"):

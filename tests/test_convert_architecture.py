@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import TOWERS, params, random_model, state
 
-from unimed_jax import config
+from unimed_jax import config, config_rules
 from unimed_jax.convert import architecture, mapping, tables
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import zoo
@@ -94,7 +94,7 @@ def test_a_fallback_with_another_text_tower_gives_a_possible_model():
     clip_run = dataclasses.replace(zoo.get("unimed-clip-vit-b16"), text=m.text)
     found = architecture.infer(shapes_of(config.Model(), "openclip-bert"), fallback=clip_run)
     assert found.model.text.pool == "cls"
-    config.validate_model(found.model)
+    config_rules.validate_model(found.model)
 
 
 def test_the_mean_pooled_bert_is_not_guessed():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_model
 
-from unimed_jax import config
+from unimed_jax import config, config_rules
 from unimed_jax.convert import mapping, native, positions, tables
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
@@ -92,7 +92,7 @@ def bert(model, tmp_path):
 
 def start(m: config.Model, lines: list[str] | None = None, **init) -> clip.Params:
     said = config.from_dict(config.Init, {k: str(v) for k, v in init.items()})
-    cfg = config.validate(config.Train(model=m, init=said))
+    cfg = config_rules.validate(config.Train(model=m, init=said))
     return native.init_from(cfg, small_model.params(m, 1), report=None if lines is None else lines.append)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from training import build_data, leaves, losses
 
-from unimed_jax import config
+from unimed_jax import config, config_rules
 from unimed_jax.cli.train import load_config
 from unimed_jax.convert import native, optimizer
 from unimed_jax.errors import DataError, UsageError
@@ -109,9 +109,9 @@ def test_moments_of_trainable_parameters_only(data, folder):
 
 def test_wrong_requests_are_refused(data, whole, folder, tmp_path):
     with pytest.raises(UsageError, match=r"init\.optimizer needs init\.model"):
-        config.validate(make(data, **{"init.optimizer": "True"}))
+        config_rules.validate(make(data, **{"init.optimizer": "True"}))
     with pytest.raises(UsageError, match=r"init\.resize is 'nearest'"):
-        config.validate(make(data, **{"init.resize": "nearest"}))
+        config_rules.validate(make(data, **{"init.resize": "nearest"}))
     go_on = {"init.model": str(folder), "init.optimizer": "True"}
     with pytest.raises(DataError, match="has done 3 steps, the duration is 3"):
         loop.run(make(data, **go_on, **{"duration.steps": "3"}), tmp_path / "a")

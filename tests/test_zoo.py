@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from unimed_jax import config
+from unimed_jax import config, config_rules
 from unimed_jax.cli import models as cli
 from unimed_jax.errors import UsageError
 from unimed_jax.models import clip, flops, zoo
@@ -33,7 +33,7 @@ def test_published_parameter_counts(name, parameters):
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_every_model_is_valid_and_survives_json(name):
     m = zoo.get(name)
-    assert config.validate_model(m).name == name
+    assert config_rules.validate_model(m).name == name
     assert config.from_dict(config.Model, json.loads(json.dumps(config.to_dict(m)))) == m
     assert clip.skeleton(m)[1]["logit_scale"].shape == ()
 

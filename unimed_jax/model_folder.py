@@ -18,7 +18,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from unimed_jax import __version__, config
+from unimed_jax import __version__, config, config_rules
 from unimed_jax.convert import card
 from unimed_jax.convert.hf import read_with_metadata
 from unimed_jax.convert.mapping import finite
@@ -129,7 +129,7 @@ def _read_config(folder: Path) -> tuple[config.Model, str]:
         )
     try:
         cfg = config.from_dict(config.Model, spec.get("model", {}), where=f"{folder / CONFIG}: model")
-        return config.validate_model(cfg), str((spec.get("tokenizer") or {}).get("digest", ""))
+        return config_rules.validate_model(cfg), str((spec.get("tokenizer") or {}).get("digest", ""))
     except UsageError as e:  # the folder is wrong, not the request
         raise DataError(e.cause, e.remedy or "restore the folder, or update the program") from e
 

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from unimed_jax import config
+from unimed_jax import config, config_rules
 from unimed_jax.cli.args import Parser
 from unimed_jax.errors import UnimedError, UsageError, did_you_mean
 
@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
         return 0
     if not args.config:
         raise UsageError("unimed-jax train: --config is missing", f"one of {', '.join(shipped())}, or a file")
-    cfg = config.validate(load_config(args.config, overrides))
+    cfg = config_rules.validate(load_config(args.config, overrides))
     if not args.workdir and not args.dry_run:
         raise UsageError("unimed-jax train: --workdir is missing", "--workdir=DIR, or --dry_run")
     if args.workdir and "://" in args.workdir:

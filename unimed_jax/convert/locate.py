@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unimed_jax import config
+from unimed_jax import config, config_rules
 from unimed_jax.convert import configs, openclip_config
 from unimed_jax.errors import DataError, UsageError
 
@@ -94,7 +94,7 @@ def _native_folder(folder: Path, path: Path) -> Found | None:
         raise DataError(f"{folder} has version {spec.get('version')!r}, this program reads 1", "update it")
     try:
         m = config.from_dict(config.Model, spec.get("model", {}), where=f"{folder / 'config.json'}: model")
-        config.validate_model(m)
+        config_rules.validate_model(m)
     except UsageError as e:  # the folder is wrong, not the request
         raise DataError(e.cause, e.remedy or "restore the folder, or update the program") from e
     return Found(path=path, weights=folder / "model.safetensors", model=m, tokenizer=_tokenizer(folder))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from unimed_jax import config
+from unimed_jax import config, config_rules
 from unimed_jax.convert import architecture, configs, locate, mapping
 from unimed_jax.convert.architecture import SCALARS
 from unimed_jax.convert.mapped import shown
@@ -163,7 +163,7 @@ def _build(found: locate.Found, named: config.Model | None, fallback: config.Mod
 
 
 def _possible(m: config.Model) -> None:
-    config.validate_model(m)
+    config_rules.validate_model(m)
     for name in ("pad_id", "eot_id"):
         if getattr(m.text, name) >= m.text.vocab_size:
             raise UsageError(f"text.{name} is {getattr(m.text, name)} of {m.text.vocab_size} words")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from unimed_jax import config
+from unimed_jax import config, config_rules
 from unimed_jax.models.layers import Compute
 from unimed_jax.models.text import Text
 from unimed_jax.models.vision import Vision
@@ -91,7 +91,7 @@ def skeleton(m: config.Model) -> tuple[nnx.GraphDef, Params]:
     Raises:
         UsageError: for an impossible architecture.
     """
-    config.validate_model(m)
+    config_rules.validate_model(m)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: CLIP(m, rngs=nnx.Rngs(0))))
     return graphdef, nnx.to_pure_dict(state)
 
@@ -102,7 +102,7 @@ def init(m: config.Model, key: PRNGKeyArray) -> Params:
     Raises:
         UsageError: for an impossible architecture.
     """
-    config.validate_model(m)
+    config_rules.validate_model(m)
     return _initializer(json.dumps(config.to_dict(m)))(key)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unimed_jax import config, parallel
+from unimed_jax import config, config_rules, parallel
 from unimed_jax.convert import native
 from unimed_jax.data.pipeline import device_prefetch
 from unimed_jax.errors import DataError, Preempted
@@ -75,7 +75,7 @@ def run(
         Preempted: after SIGTERM or SIGINT, when the state is saved.
         Fault: when a data worker or a peer dies.
     """
-    config.validate(cfg)
+    config_rules.validate(cfg)
     hygiene.allocator_environment()
     multi = bool(hygiene.initialize_distributed())
     hygiene.die_alone(multi)

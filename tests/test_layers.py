@@ -24,11 +24,12 @@ ROWS = [
     ["models", "parallel", "train"],
     ["data.pipeline"],
     ["data", "evaluate"],
+    ["config_rules"],
     ["config"],
     ["errors"],
 ]
 NO_DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "tensorflow"}
-DEVICE_FREE = ("data", "config", "errors", "evaluate.metrics", "evaluate.tasks")
+DEVICE_FREE = ("data", "config", "config_rules", "errors", "evaluate.metrics", "evaluate.tasks")
 
 
 def row_of(module: str) -> int:

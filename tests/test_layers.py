@@ -17,7 +17,7 @@ ROWS = [
     ["quickstart"],
     ["quickstart_scores"],
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
-    ["evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
+    ["evaluate.suite_run", "evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
     ["conversion"],
     ["infer", "model_folder", "hub"],
     ["train.checkpoint", "train.assemble", "convert"],
@@ -29,7 +29,10 @@ ROWS = [
     ["errors"],
 ]
 NO_DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "tensorflow"}
-DEVICE_FREE = ("data", "config", "config_rules", "errors", "evaluate.metrics", "evaluate.tasks")
+DEVICE_FREE = (
+    *("data", "config", "config_rules", "errors", "evaluate.metrics", "evaluate.tasks"),
+    *("evaluate.suites", "evaluate.layouts", "evaluate.suite_prompts", "evaluate.suite_results"),
+)
 
 
 def row_of(module: str) -> int:

@@ -1,4 +1,4 @@
-"""`unimed-jax eval`: zero-shot evaluation of a model on records."""
+"""`unimed-jax eval`: zero-shot evaluation of a model on records, or on a suite of data sets (cli/suite.py)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,26 @@ if TYPE_CHECKING:
     from unimed_jax.data.shards import Shards
     from unimed_jax.evaluate.results import Results
 
+_ONLY_SUITE = (
+    "data_root",
+    "set",
+    "sets",
+    "option",
+    "annotations",
+    "prompts",
+    "protocol",
+    "prompt_sensitivity",
+    "allow_bad",
+)
+
 
 def _parser() -> Parser:
+    from unimed_jax.cli import suite
     from unimed_jax.evaluate import tasks
 
     parser = Parser("unimed-jax eval", description="Zero-shot classification with 95 % intervals by subject.")
     parser.add_argument("--model", required=True, metavar="M", help="model folder or run folder")
-    parser.add_argument(
-        "--data", required=True, metavar="DIR", help="records: a root of sources, or one source"
-    )
+    parser.add_argument("--data", default="", metavar="DIR", help="records: a root of sources, or one source")
     parser.add_argument("--split", default="test", help="of every source")
     parser.add_argument(
         "--tasks", default="modality", help=f"names or JSON files: {', '.join(tasks.names())}"
@@ -44,6 +55,7 @@ def _parser() -> Parser:
     parser.add_argument("--threads", type=int, default=4, help="pictures decoded in parallel")
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
     parser.add_argument("--force", action="store_true", help="replace existing results")
+    suite.add_arguments(parser)
     return parser
 
 
@@ -55,6 +67,17 @@ def run(argv: list[str]) -> int:
     out = Path(args.out)
     if (out / "results.json").exists() and not args.force:
         raise UsageError(f"{out} holds results already", "choose another --out, or --force to replace them")
+    if bool(args.data) == bool(args.suite):
+        raise UsageError("eval takes records or a suite", "give one of --data DIR and --suite NAME")
+    if args.suite:
+        from unimed_jax.cli import suite
+
+        return suite.run(args)
+    given = [f for f in _ONLY_SUITE if getattr(args, f)]
+    if given:
+        raise UsageError(
+            f"--{given[0].replace('_', '-')} belongs to --suite", "leave it out, or name a suite"
+        )
     from unimed_jax.evaluate import report, tasks
 
     chosen = [tasks.load(name) for name in args.tasks.split(",") if name]

@@ -1,0 +1,305 @@
+"""Suites as data: which data sets, how each is stored, which classes, labels and prompts it has.
+
+`suites/unimed21.json` holds the 21 sets of the UniMed-CLIP average and a few beside it. A suite file of one's own is
+JSON of the same form; the shortest one is
+
+    {"name": "mine", "sets": [{"name": "lungs", "modality": "CT", "classes": ["nodule", "none"],
+                               "layout": {"kind": "folders"}}]}
+
+Every set may carry named `options`: changes to its own entry (a ninth class, each repeated picture once), and
+`reference`: changes that reproduce the original evaluator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unimed_jax.config import MODALITIES
+from unimed_jax.errors import UsageError, did_you_mean
+from unimed_jax.evaluate.metrics import METRICS
+
+FOLDER = Path(__file__).parent / "suites"
+KINDS = ("csv", "folders", "names", "npz")
+INDEX = "index"  # labels: "index" = the source writes the class index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a set lies on the disk. Columns are positions (0-based) or names of the header."""
+
+    kind: str  # csv; folders: one a class; names: NAME_LABEL.png in one folder; npz: MedMNIST
+    folder: str = ""  # of the set below the data root
+    file: str = ""  # csv, npz: the annotation file, from the set's folder
+    shipped: bool = False  # the original's own repository holds the file
+    images: str = ""  # pictures are named from here; may contain {label}
+    image: int | str = 0
+    label: int | str | tuple[str, ...] = 1  # several: one-hot columns, the largest counts
+    image_list: bool = False  # the cell is a list in Python's notation, its first element counts
+    label_list: bool = False
+    where: dict[str, tuple[str, ...]] = field(default_factory=dict)  # column -> accepted values
+    paths: str = ""  # regular expression that a picture's name must contain
+    ignore: tuple[str, ...] = ()  # labels that are known and left out
+    once: bool = False  # a picture that is listed again is left out
+    group_columns: tuple[str, ...] = ()  # the first of these that the file has says who was pictured
+    group_pattern: str = ""  # or the match of this in the picture's name
+    split: str = "test"  # npz
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """One data set of a suite."""
+
+    name: str
+    classes: tuple[str, ...]
+    layout: Layout
+    modality: str = ""
+    labels: dict[str, int] = field(default_factory=dict)  # as written in the source -> class index
+    metric: str = "accuracy"  # the one that enters the averages
+    average: bool = True
+    binary: bool = False  # the original reports five metrics for it
+    prompts: str | dict[str, tuple[str, ...]] = ""  # whose built-in prompts; or prompts
+    extra_prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # beside the built-in ones
+    prompt_count: int = 0  # only so many of each class; 0 = all
+    table: str = ""  # the prompt table's name in the original's constants.py
+    parts: dict[str, tuple[int, ...]] = field(default_factory=dict)  # name -> classes scored apart
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reference: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    fetch: str = ""
+    raw: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def changed(self, changes: Mapping[str, Any]) -> DataSet:
+        """The set with some fields of its entry replaced; those of `layout` one by one."""
+        new = {k: v for k, v in changes.items() if k != "about"}
+        layout = self.raw["layout"] | new.pop("layout", {})
+        return _data_set(self.raw | new | {"layout": layout}, f"set {self.name}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """Data sets that are evaluated together."""
+
+    name: str
+    sets: tuple[DataSet, ...]
+    version: int = 1
+    description: str = ""
+    published: tuple[dict[str, Any], ...] = ()  # averages to stand beside
+    sha256: str = ""
+    average: tuple[str, ...] = ()  # names of all sets that belong to the average, chosen or not
+
+    def choose(
+        self, wanted: Sequence[str] = (), options: Sequence[str] = (), *, reference: bool = False
+    ) -> Suite:
+        """Some of the sets (default: those of the average), with options applied.
+
+        Args:
+            wanted: names, in any order; the suite's order is kept.
+            options: `SET:OPTION`.
+            reference: apply what reproduces the original evaluator.
+
+        Raises:
+            UsageError: for an unknown set or option, with the closest known one.
+        """
+        known = {s.name: s for s in self.sets}
+        asked: dict[str, list[str]] = {}
+        for text in options:
+            name, _, option = text.partition(":")
+            _known(name, known, "set")
+            _known(option, known[name].options, f"option of {name}")
+            asked.setdefault(name, []).append(option)
+        for name in wanted:
+            _known(name, known, "set")
+        out = []
+        for s in self.sets:
+            if s.name in wanted if wanted else s.average:
+                changes = [s.options[o] for o in asked.get(s.name, [])] + [s.reference] * reference
+                for change in changes:
+                    s = s.changed(change)
+                out.append(s)
+        lost = sorted(set(asked) - {s.name for s in out})
+        if lost:
+            raise UsageError(f"an option is given for {lost[0]}, which is not evaluated", "name it in --sets")
+        return dataclasses.replace(self, sets=tuple(out))
+
+
+def names() -> list[str]:
+    """The built-in suites.
+
+    Example:
+        >>> names()
+        ['unimed21']
+    """
+    return sorted(p.stem for p in FOLDER.glob("*.json"))
+
+
+def load(name: str | Path) -> Suite:
+    """A built-in suite by name, or one from a JSON file.
+
+    Raises:
+        UsageError: for an unknown name, or a file that is no valid suite, naming set and field.
+
+    Example:
+        >>> len([s for s in load("unimed21").sets if s.average])
+        21
+    """
+    path = Path(name)
+    if str(name) in names():
+        path = FOLDER / f"{name}.json"
+    elif path.suffix != ".json" and not path.exists():
+        raise UsageError(
+            f"no suite {str(name)!r}.{did_you_mean(str(name), names())}",
+            f"one of {', '.join(names())}, or a .json file",
+        )
+    try:
+        data = path.read_bytes()
+        raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except OSError as e:
+        raise UsageError(f"suite file {path} cannot be read ({e.strerror or type(e).__name__})") from e
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"{path} is no JSON text: {e}") from e
+    return _suite(raw, path, hashlib.sha256(data).hexdigest())
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is named twice")
+    return dict(pairs)
+
+
+def _suite(raw: Any, path: Path, digest: str) -> Suite:
+    if not isinstance(raw, dict) or not isinstance(raw.get("sets"), list) or not raw["sets"]:
+        raise UsageError(f"{path} is no suite", 'write {"name": ..., "sets": [{"name": ...}, ...]}')
+    _fields(raw, ("name", "version", "description", "sets", "published"), str(path))
+    sets = []
+    for i, entry in enumerate(raw["sets"]):
+        where = f"{path}: set {i}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise UsageError(f"{where} has no name")
+        sets.append(_data_set(entry, f"{path}: set {entry['name']}"))
+    twice = [k for k, n in Counter(s.name.casefold() for s in sets).items() if n > 1]
+    if twice:
+        raise UsageError(f"{path}: two sets are named {twice[0]!r}")
+    for s in sets:  # every variant must be valid before someone asks for it
+        for change in [*s.options.values(), s.reference]:
+            s.changed(change)
+    published = tuple(raw.get("published", ()))
+    head = {k: raw[k] for k in ("version", "description") if k in raw}
+    name = str(raw.get("name", path.stem))
+    average = tuple(s.name for s in sets if s.average)
+    return Suite(name=name, sets=tuple(sets), published=published, sha256=digest, average=average, **head)
+
+
+_NAMES = tuple(f.name for f in dataclasses.fields(DataSet) if f.name != "raw")
+_LAYOUT_NAMES = tuple(f.name for f in dataclasses.fields(Layout))
+_TUPLES = ("ignore", "group_columns")
+
+
+def _data_set(raw: Mapping[str, Any], where: str) -> DataSet:
+    _fields(raw, _NAMES, where)
+    name, classes = raw["name"], raw.get("classes")
+    if not re.fullmatch(r"[\w.-]{1,80}", name) or name.startswith("."):
+        raise UsageError(f"{where}: the name may hold letters, digits, dots, dashes and underscores only")
+    if not isinstance(classes, list) or not all(isinstance(c, str) and c.strip() for c in classes):
+        raise UsageError(f"{where}: classes is no list of names")
+    if len(classes) < 2 or len({c.casefold() for c in classes}) < len(classes):
+        raise UsageError(f"{where}: classes must be at least two, and differ by more than case")
+    modality, metric = raw.get("modality", ""), raw.get("metric", "accuracy")
+    if modality and modality not in MODALITIES:
+        raise UsageError(f"{where}: no modality {modality!r}", f"one of {', '.join(MODALITIES)}")
+    if metric not in METRICS:
+        raise UsageError(f"{where}: metric is {metric!r}", f"one of {', '.join(METRICS)}")
+    for key, kind in {
+        "average": bool,
+        "binary": bool,
+        "prompt_count": int,
+        "table": str,
+        "fetch": str,
+    }.items():
+        if not isinstance(raw.get(key, kind()), kind):
+            raise UsageError(f"{where}: {key} is {raw[key]!r}", f"a value of type {kind.__name__}")
+    if raw.get("prompt_count", 0) < 0:
+        raise UsageError(f"{where}: prompt_count is below 0")
+    rest = ("average", "binary", "prompt_count", "table", "options", "reference", "fetch")
+    return DataSet(
+        name=name,
+        classes=tuple(classes),
+        layout=_layout(raw.get("layout"), where),
+        modality=modality,
+        metric=metric,
+        labels=_labels(raw.get("labels", {}), classes, where),
+        prompts=_own_prompts(raw.get("prompts", ""), classes, where),
+        extra_prompts={k: tuple(v) for k, v in raw.get("extra_prompts", {}).items()},
+        parts={k: tuple(v) for k, v in raw.get("parts", {}).items()},
+        notes=tuple(raw.get("notes", ())),
+        raw=dict(raw),
+        **{k: raw[k] for k in rest if k in raw},
+    )
+
+
+def _layout(raw: Any, where: str) -> Layout:
+    if not isinstance(raw, dict) or raw.get("kind") not in KINDS:
+        raise UsageError(f"{where}: layout has no kind", f"one of {', '.join(KINDS)}")
+    _fields(raw, _LAYOUT_NAMES, f"{where}: layout")
+    values = dict(raw)
+    for key in _TUPLES:
+        if key in values:
+            values[key] = tuple(values[key])
+    if isinstance(values.get("label"), list):
+        values["label"] = tuple(values["label"])
+    values["where"] = {
+        k: tuple(v) if isinstance(v, list) else (str(v),) for k, v in values.get("where", {}).items()
+    }
+    for key in ("folder", "file", "images", "paths", "group_pattern", "split"):
+        if not isinstance(values.get(key, ""), str):
+            raise UsageError(f"{where}: layout.{key} is no text")
+    for key in ("paths", "group_pattern"):
+        try:
+            re.compile(values.get(key, ""))
+        except re.error as e:
+            raise UsageError(f"{where}: layout.{key} is no regular expression: {e}") from e
+    if values["kind"] in ("csv", "npz") and not values.get("file"):
+        raise UsageError(f"{where}: layout.file is missing", "name the annotation file")
+    return Layout(**values)
+
+
+def _labels(raw: Any, classes: Sequence[str], where: str) -> dict[str, int]:
+    if raw == INDEX:
+        return {str(i): i for i in range(len(classes))}
+    if not isinstance(raw, dict):
+        raise UsageError(f"{where}: labels is no table", '{"as written": "class", ...} or "index"')
+    if not raw:
+        return {c: i for i, c in enumerate(classes)}
+    for value in raw.values():
+        _known(value, classes, f"class ({where}: labels)")
+    return {k: list(classes).index(v) for k, v in raw.items()}
+
+
+def _own_prompts(raw: Any, classes: Sequence[str], where: str) -> str | dict[str, tuple[str, ...]]:
+    if isinstance(raw, str):
+        return raw
+    if not isinstance(raw, dict) or set(raw) != set(classes):
+        raise UsageError(f"{where}: prompts do not name exactly the classes", ", ".join(classes))
+    return {c: tuple(raw[c]) for c in classes}
+
+
+def _fields(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in raw:
+        if key not in known:
+            raise UsageError(f"{where} has no field {key!r}.{did_you_mean(key, known)}")
+
+
+def _known(name: Any, known: Any, what: str) -> None:
+    if name not in known:
+        raise UsageError(
+            f"no {what} {name!r}.{did_you_mean(str(name), known)}",
+            f"one of {', '.join(known)}" if known else "there are none",
+        )

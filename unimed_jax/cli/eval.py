@@ -14,15 +14,8 @@ if TYPE_CHECKING:
     from unimed_jax.evaluate.results import Results
 
 _ONLY_SUITE = (
-    "data_root",
-    "set",
-    "sets",
-    "option",
-    "annotations",
-    "prompts",
-    "protocol",
-    "prompt_sensitivity",
-    "allow_bad",
+    *("data_root", "set", "sets", "option", "annotations", "prompts", "protocol"),
+    *("prompt_sensitivity", "allow_bad"),
 )
 
 
@@ -73,7 +66,7 @@ def run(argv: list[str]) -> int:
         from unimed_jax.cli import suite
 
         return suite.run(args)
-    given = [f for f in _ONLY_SUITE if getattr(args, f)]
+    given = [f for f in _ONLY_SUITE if getattr(args, f) not in ("", [], False, 0, "own")]
     if given:
         raise UsageError(
             f"--{given[0].replace('_', '-')} belongs to --suite", "leave it out, or name a suite"

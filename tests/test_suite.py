@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -177,6 +178,17 @@ def test_each_picture_is_embedded_once_in_batches_of_one_size(tiny, tree, monkey
     assert [t.metrics.n for t in done.tasks] == [48, 12]
     alone = suite_run.evaluate(tiny, collect(tree, ["skin_tumor"]), resamples=0)
     assert alone.tasks[0].metrics.values == done.tasks[1].metrics.values
+
+
+def test_results_do_not_depend_on_batch_size_or_order(tiny, folder, tree):
+    found = collect(tree, ["BACH", "breast_us"])
+    small = infer.load(folder, batch_size=5)
+    again = dataclasses.replace(found, ready=found.ready[::-1])
+    one, two = suite_run.evaluate(tiny, found, resamples=20), suite_run.evaluate(small, again, resamples=20)
+    for a, b in zip(one.tasks, two.tasks[::-1], strict=True):
+        assert a.metrics.values["accuracy"] == b.metrics.values["accuracy"]
+        logs = [[p.log_scores for p in t.predictions] for t in (a, b)]
+        np.testing.assert_allclose(*logs, atol=1e-4)
 
 
 def collect(root: Path, wanted=(), options=(), source=OWN, suite="unimed21", **more) -> suite_run.Collected:
@@ -385,12 +397,28 @@ def test_folders_csv_and_npz_of_ones_own(tiny, folder, tmp_path, capsys):
         ({"prompts": {"left": ["a"]}}, "exactly the classes"),
         ({"name": "../x"}, "the name may hold"),
         ({"average": "yes"}, "average is 'yes'"),
+        ({"parts": {"a": [2]}}, "no class"),
+        ({"prompts": {"left": "a", "right": ["b"]}}, "no list of texts"),
         ({"options": {"o": {"classes": ["a"]}}}, "at least two"),
     ],
 )
 def test_bad_suite_files_are_refused(tmp_path, change, words):
     with pytest.raises(UsageError, match=words):
         suites.load(own(tmp_path, TWO | change))
+
+
+def test_values_of_any_type_are_taken_or_refused_in_one_line(tmp_path):
+    values = [None, True, 1, -1, 1.5, "x", "", [], {}, [None], ["a", "b"], {"a": None}, {"a": ["b"]}, [[1]]]
+    refused = 0
+    for value in values:
+        changes = [{f.name: value} for f in dataclasses.fields(suites.DataSet)]
+        changes += [{"layout": TWO["layout"] | {f.name: value}} for f in dataclasses.fields(suites.Layout)]
+        for change in changes:
+            try:
+                suites.load(own(tmp_path, TWO | change))
+            except UsageError:
+                refused += 1
+    assert refused > 300
 
 
 def test_suites_that_are_none(tmp_path):
@@ -558,6 +586,15 @@ def test_lists_in_latin_1_are_read_and_said(tmp_path):
     assert one(tmp_path, csv_set()).ready[0].table.notes == []
 
 
+def test_the_data_root_may_be_relative(tmp_path, monkeypatch):
+    pictures(tmp_path / "d", "1.png", "2.png").table(
+        "list.csv", ["image", "label"], [["1.png", "left"], ["2.png", "right"]]
+    )
+    monkeypatch.chdir(tmp_path / "d")
+    chosen = suites.load(own(tmp_path, csv_set()))
+    assert len(suite_run.collect(chosen, OWN, data_root=Path(".")).ready[0].table.rows) == 2
+
+
 def test_duplicate_rows_are_counted_and_contradictions_refused(tmp_path):
     t = pictures(tmp_path / "d", "1.png", "2.png")
     rows = [["1.png", "left"], ["2.png", "right"], ["1.png", "left"]]
@@ -614,6 +651,7 @@ def test_the_command_line_refuses_what_does_not_fit(folder, tree, tmp_path):
         (["--data", "x", "--suite", "unimed21"], "one of --data DIR"),
         (["--data", "x", "--sets", "PCAM"], "--sets belongs to --suite"),
         (["--data", "x", "--protocol", "reference"], "--protocol belongs to --suite"),
+        (["--suite", "unimed21", "--tasks", "mri_plane"], "--tasks belongs to --data"),
         (["--suite", "unimed21"], "needs the folder"),
         (["--suite", "unimed21", "--set", "PCAM"], "no NAME=PATH"),
         (["--suite", "unimed21", "--set", "PCAM=a", "--set", "PCAM=b"], "given twice"),

@@ -63,6 +63,10 @@ def run(argv: list[str]) -> int:
     if bool(args.data) == bool(args.suite):
         raise UsageError("eval takes records or a suite", "give one of --data DIR and --suite NAME")
     if args.suite:
+        defaults = {"split": "test", "tasks": "modality", "sources": ""}
+        for name, value in defaults.items():
+            if getattr(args, name) != value:
+                raise UsageError(f"--{name} belongs to --data", "a suite has --sets and --prompts")
         from unimed_jax.cli import suite
 
         return suite.run(args)

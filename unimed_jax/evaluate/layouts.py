@@ -236,7 +236,7 @@ def _first(cell: str) -> str:
 
 def _inside(root: Path, folder: str, name: str) -> Path | None:
     """The picture's path, or None when its name leaves the set's folder (links are the user's own and followed)."""
-    base = os.path.normpath(root)
+    base = os.path.abspath(root)
     path = os.path.normpath(os.path.join(base, folder, name)) if name and "\0" not in name else base
     return Path(path) if path.startswith(base.rstrip(os.sep) + os.sep) else None
 

@@ -179,6 +179,7 @@ def _suite(raw: Any, path: Path, digest: str) -> Suite:
     if not isinstance(raw, dict) or not isinstance(raw.get("sets"), list) or not raw["sets"]:
         raise UsageError(f"{path} is no suite", 'write {"name": ..., "sets": [{"name": ...}, ...]}')
     _fields(raw, ("name", "version", "description", "sets", "published"), str(path))
+    _types(raw, _HEAD_TYPES, str(path))
     sets = []
     for i, entry in enumerate(raw["sets"]):
         where = f"{path}: set {i}"
@@ -190,6 +191,8 @@ def _suite(raw: Any, path: Path, digest: str) -> Suite:
         raise UsageError(f"{path}: two sets are named {twice[0]!r}")
     for s in sets:  # every variant must be valid before someone asks for it
         for change in [*s.options.values(), s.reference]:
+            if not isinstance(change, dict) or not isinstance(change.get("layout", {}), dict):
+                raise UsageError(f"{path}: set {s.name}: an option is no table of changes")
             s.changed(change)
     published = tuple(raw.get("published", ()))
     head = {k: raw[k] for k in ("version", "description") if k in raw}
@@ -200,11 +203,30 @@ def _suite(raw: Any, path: Path, digest: str) -> Suite:
 
 _NAMES = tuple(f.name for f in dataclasses.fields(DataSet) if f.name != "raw")
 _LAYOUT_NAMES = tuple(f.name for f in dataclasses.fields(Layout))
-_TUPLES = ("ignore", "group_columns")
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("average", "binary"), (bool,)),
+    **dict.fromkeys(("table", "fetch", "modality", "metric"), (str,)),
+    **dict.fromkeys(("parts", "options", "reference", "extra_prompts"), (dict,)),
+    "prompt_count": (int,),
+    "notes": (list,),
+}
+_LAYOUT_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("folder", "file", "images", "paths", "group_pattern", "split"), (str,)),
+    **dict.fromkeys(("shipped", "image_list", "label_list", "once"), (bool,)),
+    "image": (int, str),
+    "label": (int, str, list),
+    "where": (dict,),
+}
+_HEAD_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "description"), (str,)),
+    "version": (int,),
+    "published": (list,),
+}
 
 
 def _data_set(raw: Mapping[str, Any], where: str) -> DataSet:
     _fields(raw, _NAMES, where)
+    _types(raw, _TYPES, where)
     name, classes = raw["name"], raw.get("classes")
     if not re.fullmatch(r"[\w.-]{1,80}", name) or name.startswith("."):
         raise UsageError(f"{where}: the name may hold letters, digits, dots, dashes and underscores only")
@@ -217,15 +239,6 @@ def _data_set(raw: Mapping[str, Any], where: str) -> DataSet:
         raise UsageError(f"{where}: no modality {modality!r}", f"one of {', '.join(MODALITIES)}")
     if metric not in METRICS:
         raise UsageError(f"{where}: metric is {metric!r}", f"one of {', '.join(METRICS)}")
-    for key, kind in {
-        "average": bool,
-        "binary": bool,
-        "prompt_count": int,
-        "table": str,
-        "fetch": str,
-    }.items():
-        if not isinstance(raw.get(key, kind()), kind):
-            raise UsageError(f"{where}: {key} is {raw[key]!r}", f"a value of type {kind.__name__}")
     if raw.get("prompt_count", 0) < 0:
         raise UsageError(f"{where}: prompt_count is below 0")
     rest = ("average", "binary", "prompt_count", "table", "options", "reference", "fetch")
@@ -237,9 +250,11 @@ def _data_set(raw: Mapping[str, Any], where: str) -> DataSet:
         metric=metric,
         labels=_labels(raw.get("labels", {}), classes, where),
         prompts=_own_prompts(raw.get("prompts", ""), classes, where),
-        extra_prompts={k: tuple(v) for k, v in raw.get("extra_prompts", {}).items()},
-        parts={k: tuple(v) for k, v in raw.get("parts", {}).items()},
-        notes=tuple(raw.get("notes", ())),
+        extra_prompts={
+            k: _texts(v, f"{where}: extra_prompts") for k, v in raw.get("extra_prompts", {}).items()
+        },
+        parts={k: _indices(v, len(classes), where) for k, v in raw.get("parts", {}).items()},
+        notes=_texts(raw.get("notes", []), f"{where}: notes"),
         raw=dict(raw),
         **{k: raw[k] for k in rest if k in raw},
     )
@@ -250,17 +265,16 @@ def _layout(raw: Any, where: str) -> Layout:
         raise UsageError(f"{where}: layout has no kind", f"one of {', '.join(KINDS)}")
     _fields(raw, _LAYOUT_NAMES, f"{where}: layout")
     values = dict(raw)
-    for key in _TUPLES:
-        if key in values:
-            values[key] = tuple(values[key])
-    if isinstance(values.get("label"), list):
-        values["label"] = tuple(values["label"])
-    values["where"] = {
-        k: tuple(v) if isinstance(v, list) else (str(v),) for k, v in values.get("where", {}).items()
-    }
-    for key in ("folder", "file", "images", "paths", "group_pattern", "split"):
-        if not isinstance(values.get(key, ""), str):
-            raise UsageError(f"{where}: layout.{key} is no text")
+    _types(raw, _LAYOUT_TYPES, f"{where}: layout")
+    for key in ("ignore", "group_columns"):
+        values[key] = _texts(raw.get(key, []), f"{where}: layout.{key}")
+    columns = raw.get("label", 1)
+    if isinstance(columns, list):
+        values["label"] = _texts(columns, f"{where}: layout.label")
+    if raw.get("image", 0) is True or columns is True or columns == []:
+        raise UsageError(f"{where}: layout.image and layout.label are columns")
+    asked = {k: v if isinstance(v, list) else [v] for k, v in raw.get("where", {}).items()}
+    values["where"] = {k: tuple(str(x) for x in v) for k, v in asked.items()}
     for key in ("paths", "group_pattern"):
         try:
             re.compile(values.get(key, ""))
@@ -288,7 +302,27 @@ def _own_prompts(raw: Any, classes: Sequence[str], where: str) -> str | dict[str
         return raw
     if not isinstance(raw, dict) or set(raw) != set(classes):
         raise UsageError(f"{where}: prompts do not name exactly the classes", ", ".join(classes))
-    return {c: tuple(raw[c]) for c in classes}
+    return {c: _texts(raw[c], f"{where}: prompts of {c}") for c in classes}
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise UsageError(f"{where} is no list of texts")
+    return tuple(value)
+
+
+def _indices(value: Any, classes: int, where: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(v) is int and 0 <= v < classes for v in value):
+        raise UsageError(f"{where}: parts holds numbers that are no class", f"0 to {classes - 1}")
+    return tuple(value)
+
+
+def _types(raw: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str) -> None:
+    for key, wanted in types.items():
+        if key in raw and not isinstance(raw[key], wanted):
+            raise UsageError(
+                f"{where}: {key} is {str(raw[key])[:40]!r}", " or ".join(t.__name__ for t in wanted)
+            )
 
 
 def _fields(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -220,11 +220,12 @@ def test_a_missing_peer_is_said_in_one_line(who):
     assert said in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("variable", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
-def test_a_number_of_processes_that_is_no_number_is_a_usage_error(variable):
+@pytest.mark.parametrize("value", ["two", "²", "", "-1"])
+@pytest.mark.parametrize("variable", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "UNIMED_JAX_INIT_TIMEOUT"])
+def test_a_number_in_the_environment_that_is_none_is_a_usage_error(variable, value):
     env = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
-    with pytest.raises(UsageError, match=f"{variable} is 'two'"):
-        hygiene.initialize_distributed(env | {variable: "two"})
+    with pytest.raises(UsageError, match=f"{variable} is '{value}'"):
+        hygiene.initialize_distributed(env | {variable: value})
 
 
 def test_compilation_cache_is_private(tmp_path):

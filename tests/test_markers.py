@@ -217,3 +217,19 @@ def test_the_command_says_how_many(tmp_path, capsys):
     assert "joined captions: 1; placeholder captions: 1" in capsys.readouterr().out
     blob = shards.Shards(tmp_path / "out" / "old", "train").raw(0)
     assert [c.text for c in record.decode(blob).captions] == sentences(3)
+
+
+@pytest.mark.parametrize("piece", ["a_dr_", "a._dr_", "_dr_", " _chexpert_. ", "a_mimiccxr_"])
+def test_long_texts_cost_time_in_proportion(piece):
+    """A quadratic rule took over a minute for four megabytes; a thousandfold length takes no millionfold time."""
+    import time
+
+    def seconds(n: int) -> float:
+        text = piece * (n // len(piece))
+        begin = time.process_time()
+        markers.find(text)
+        markers.split(text)
+        return time.process_time() - begin
+
+    short = min(seconds(20_000) for _ in range(3))
+    assert seconds(2_000_000) < 100 * 20 * max(short, 0.001)

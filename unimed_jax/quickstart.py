@@ -257,7 +257,7 @@ def _evaluate(
         fresh.save(out / HOLDOUT, force=True)
         pages += report.from_run(out / HOLDOUT)["tasks"]
         for page in pages:
-            page["title"] += f", {UNTOUCHED}"
+            page["title"] += ", holdout"
     say("evaluating zero-shot on the test subjects, which no training saw")
     test = shards.Shards(shards.find_sources(out / "records")[data], cfg.eval.split)
     beside = {} if measured is None else measured.parts[cfg.eval.split].references
@@ -288,8 +288,14 @@ def _evaluate(
     samples = save_samples(test, results, out / "samples")
     say(f"wrote {len(samples)} single pictures to {out / 'samples'}")
     stored = report.from_run(out / "eval")
+    facts = list(stored["facts"])
+    if untouched is not None:
+        for page in stored["tasks"]:
+            page["title"] += ", older test subjects"
+        both = f"{data}: holdout, {untouched['pictures']} records; older test subjects, {own['pictures']} records"
+        facts = [(name, both if name == "Data" else value) for name, value in facts]
     page = report.from_run(run_folder) | {
-        "facts": stored["facts"],
+        "facts": facts,
         "tasks": [*pages, *stored["tasks"]],
         "title": "Quickstart" + (" on SYNTHETIC data" if data == "phantom" else ""),
         "subtitle": "Zero-shot recognition of images of subjects that no training saw, by unimed_jax"
@@ -359,7 +365,7 @@ def rows(scores: dict[str, Any], chance: float) -> list[tuple[str, str]]:
 
 def sections(summary: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """All tables of a summary, the untouched subjects first: (title, note, rows)."""
-    task = summary["task"].replace("_", " ")
+    task = summary["task"].replace("_", " ").capitalize()
     size = lambda s: f"{s['pictures']} pictures of {s['subjects']} subjects"
     older = rows(summary, summary["chance"])
     if summary["leaky_random_split_1nn_pixels"] is not None:
@@ -374,7 +380,11 @@ def sections(summary: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, st
     if fresh is None:
         return [(f"{task}, unseen subjects: balanced accuracy", "", older)]
     return [
-        (f"{task}, {UNTOUCHED}: balanced accuracy", size(fresh) + ".", rows(fresh, summary["chance"])),
+        (
+            f"{task}, holdout ({UNTOUCHED}): balanced accuracy",
+            size(fresh) + ".",
+            rows(fresh, summary["chance"]),
+        ),
         (f"{task}, older test subjects: balanced accuracy", f"{OLDER} {size(summary)}.", older),
     ]
 

@@ -144,15 +144,23 @@ def _parts(text: str, source: str) -> list[Caption]:
 
 
 def _cut(text: str, marker: str) -> list[str]:
-    """Splits at the markers that open the text or follow a period or a marker."""
+    """Splits at the markers that open the text or follow a period or a marker; in time linear in the text."""
     first, *others = text.split(marker)
-    parts = [first]
+    parts = [[first]]
+    ended = _ends(first, blank=True)
     for part in others:
-        if not parts[-1].strip() or parts[-1].rstrip().endswith("."):
-            parts.append(part)
+        if ended:
+            parts.append([part])
         else:
-            parts[-1] += marker + part
-    return parts
+            parts[-1] += [marker, part]
+        ended = _ends(part, blank=ended)
+    return ["".join(pieces) for pieces in parts]
+
+
+def _ends(part: str, *, blank: bool) -> bool:
+    """Whether a marker after this part ends a caption; `blank` is the answer for a part without a word."""
+    words = part.rstrip()
+    return words.endswith(".") if words else blank
 
 
 def _kind(marker: Marker, number: int) -> str:

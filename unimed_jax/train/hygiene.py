@@ -80,7 +80,7 @@ def initialize_distributed(env: Mapping[str, str] | None = None) -> str:
     recognised by JAX itself.
 
     Raises:
-        UsageError: for a JAX_NUM_PROCESSES or JAX_PROCESS_ID that is no whole number.
+        UsageError: for a JAX_NUM_PROCESSES, JAX_PROCESS_ID or UNIMED_JAX_INIT_TIMEOUT that is no whole number.
         Fault: when peers do not show up within `INIT_TIMEOUT` seconds.
     """
     env = os.environ if env is None else env
@@ -95,7 +95,7 @@ def initialize_distributed(env: Mapping[str, str] | None = None) -> str:
         for key, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
             if variable in env:
                 settings[key] = _whole(env, variable)
-    timeout = float(env.get("UNIMED_JAX_INIT_TIMEOUT", INIT_TIMEOUT))
+    timeout = _whole({"UNIMED_JAX_INIT_TIMEOUT": str(INIT_TIMEOUT), **env}, "UNIMED_JAX_INIT_TIMEOUT")
     me = (
         f"process {settings['process_id']} of {settings.get('num_processes', '?')}: "
         if "process_id" in settings
@@ -124,7 +124,7 @@ def initialize_distributed(env: Mapping[str, str] | None = None) -> str:
 
 
 def _whole(env: Mapping[str, str], variable: str) -> int:
-    if not env[variable].isdigit():
+    if not env[variable].isdecimal():
         raise UsageError(f"{variable} is {env[variable]!r}", "a whole number from 0")
     return int(env[variable])
 

@@ -19,10 +19,12 @@ It is a small, honest demonstration set: many slices, few people. No number on i
 CAVEATS = """\
 - The split is by subject. Slices of one volume are near copies of each other, so a random split leaks; the option
   `split="random"` exists only to show by how much.
-- The holdout is of subjects from packages added when everything was final, its list fixed by looking at the pictures
-  and not at scores; at most 12 evenly spaced slices of a plane and window. It has one radiograph only: no package with
-  more was found. Every STARE photograph counts as an eye of its own, though some may be of one person.
-- Two holdout pictures carry burned-in names, which are made up by the package; those parts and frames are left out.
+- The holdout is of subjects from packages added when everything was final (and one file of pydicom-data that no part
+  had used), its list fixed by looking at the pictures and not at scores; at most 12 evenly spaced slices of a plane and
+  window. It has one radiograph only: no package with more was found. Ten of its twelve ultrasound pictures are frames
+  of one clip, and half of its CT slices are of one person. Every STARE photograph counts as an eye of its own, though
+  some may be of one person.
+- Two holdout files carry burned-in names, apparently made up; those parts and frames are left out.
 - Few subjects stand behind many pictures: intervals must be resampled by subject, never by picture.
 - Two MRI volumes (MNI152 and pydeface's mean) are averages of many people, nobody's picture, labelled `average:yes`
   and used for training only. Whether their cohorts overlap is unknown.

@@ -17,7 +17,7 @@ ROWS = [
     ["quickstart"],
     ["quickstart_scores"],
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
-    ["evaluate.suite_run", "evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
+    ["evaluate.suite_run", "evaluate.frozen", "evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
     ["conversion"],
     ["infer", "model_folder", "hub"],
     ["train.checkpoint", "train.assemble", "convert"],

@@ -1,4 +1,4 @@
-"""`unimed-jax eval`: zero-shot evaluation of a model on records, or on a suite of data sets (cli/suite.py)."""
+"""`unimed-jax eval`: zero-shot evaluation on records, on a suite (cli/suite.py), or beyond it (cli/frozen.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ONLY_SUITE = (
 
 
 def _parser() -> Parser:
-    from unimed_jax.cli import suite
+    from unimed_jax.cli import frozen, suite
     from unimed_jax.evaluate import tasks
 
     parser = Parser("unimed-jax eval", description="Zero-shot classification with 95 % intervals by subject.")
@@ -49,16 +49,20 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
     parser.add_argument("--force", action="store_true", help="replace existing results")
     suite.add_arguments(parser)
+    frozen.add_arguments(parser)
     return parser
 
 
 def run(argv: list[str]) -> int:
     """Evaluates and writes the results; refusals propagate as UnimedError."""
+    from unimed_jax.cli import frozen
+
     args = _parser().parse(argv)
+    beyond = frozen.wanted(args)
     if args.ci < 0 or args.batch_size < 1 or args.threads < 1:
         raise UsageError("--ci must be at least 0, --batch-size and --threads at least 1")
     out = Path(args.out)
-    if (out / "results.json").exists() and not args.force:
+    if (out / "results.json").exists() and not args.force and not beyond:
         raise UsageError(f"{out} holds results already", "choose another --out, or --force to replace them")
     if bool(args.data) == bool(args.suite):
         raise UsageError("eval takes records or a suite", "give one of --data DIR and --suite NAME")
@@ -75,12 +79,15 @@ def run(argv: list[str]) -> int:
         raise UsageError(
             f"--{given[0].replace('_', '-')} belongs to --suite", "leave it out, or name a suite"
         )
+    names = [s for s in args.sources.split(",") if s]
+    if beyond:
+        return frozen.run(args, lambda split: _sources(Path(args.data), split, names))
     from unimed_jax.evaluate import report, tasks
 
     chosen = [tasks.load(name) for name in args.tasks.split(",") if name]
     if args.report:
         report.require()
-    sources = _sources(Path(args.data), args.split, [s for s in args.sources.split(",") if s])
+    sources = _sources(Path(args.data), args.split, names)
 
     from unimed_jax import config, infer, parallel
     from unimed_jax.cli.progress import Progress

@@ -130,7 +130,7 @@ def evaluate(
         subjects = [facts[i].patient or facts[i].key for i in picked[t.name]]
         result.examples = pick_examples(result, list(picked[t.name]), z, prompts, pool, subjects, examples)
         done.append(result)
-    return Results(**heading(loaded, _describe(pool, len(union)), resamples, seed), tasks=done)
+    return Results(**heading(loaded, describe(pool, len(union)), resamples, seed), tasks=done)
 
 
 def heading(loaded: Loaded, data: dict[str, Any], resamples: int, seed: int) -> dict[str, Any]:
@@ -319,7 +319,8 @@ def thumbnail(pixels: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _describe(pool: Pool, used: int) -> dict[str, Any]:
+def describe(pool: Pool, used: int) -> dict[str, Any]:
+    """What results say about the records: sources, licences and hashes of their manifests."""
     sources = {}
     for s in pool.sources:
         sources[s.name] = {"split": getattr(s, "split", ""), "records": len(s)}

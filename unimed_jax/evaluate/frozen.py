@@ -1,0 +1,218 @@
+"""Retrieval and the linear probe on records: what a model's frozen embeddings are worth beyond zero-shot classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from unimed_jax.errors import DataError
+from unimed_jax.evaluate import probe, results, retrieval, tallies, tasks, zeroshot
+from unimed_jax.infer import Loaded
+
+HELD_OUT = 0.2  # share of the training subjects that choose C where there is no validation split
+_VERSION = 1
+
+Progress = Callable[[int, int], None]
+
+
+def retrieve(
+    loaded: Loaded,
+    sources: Any | Sequence[Any],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    threads: int = 4,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Retrieval between all pictures and all captions of the records, both directions (see `retrieval.evaluate`).
+
+    Records of equal pictures (by their bytes) are one image; captions of equal text are one caption. Records without
+    a caption are left out and counted.
+
+    Returns:
+        The content of retrieval.json.
+
+    Raises:
+        DataError: for duplicate keys, no captions, or a record that cannot be read.
+    """
+    pool = zeroshot.Pool([sources] if hasattr(sources, "name") else sources)
+    facts = pool.facts()
+    said = {i: tuple(dict.fromkeys(c.text for c in e.captions if c.text.strip())) for i, e in facts.items()}
+    used = [i for i, captions in said.items() if captions]
+    if not used:
+        raise DataError(f"none of {len(facts)} records of {pool.name} has a caption", "export with captions")
+    place = {text: k for k, text in enumerate(dict.fromkeys(t for i in used for t in said[i]))}
+    texts = loaded.encode_text(list(place))
+    z = zeroshot.embed(loaded, pool, used, threads=threads, progress=progress)
+    pairs = [(row, i, text) for row, i in enumerate(used) for text in said[i]]
+    found = retrieval.evaluate(
+        z[[row for row, _, _ in pairs]],
+        texts[[place[text] for _, _, text in pairs]],
+        [facts[i].sha256 or facts[i].key for _, i, _ in pairs],
+        [text for _, _, text in pairs],
+        [facts[i].patient or facts[i].key for _, i, _ in pairs],
+        resamples=resamples,
+        seed=seed,
+    )
+    return _head(
+        "retrieval",
+        loaded,
+        {"test": pool},
+        {"resamples": resamples, "seed": seed, "ties": "against the model"},
+    ) | {"pairs": len(pairs), "without_caption": len(facts) - len(used), **found.json()}
+
+
+def probe_task(
+    loaded: Loaded,
+    sources: Mapping[str, Any],
+    task: str | Path | tasks.Task,
+    *,
+    fractions: Sequence[float] = probe.FRACTIONS,
+    shots: Sequence[int] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    resamples: int = 1000,
+    threads: int = 4,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """A linear probe of the unit image embeddings on a task's classes; its prompts are not used (see `probe.run`).
+
+    Args:
+        loaded: the model.
+        sources: "train" and "test" -> sources, "val" too where there is one; else a fifth of the training subjects
+            of each class chooses C instead.
+        task: whose records, labels, metric and grouping count.
+        fractions: of the training records of each class.
+        shots: training records of each class.
+        seeds: of the draws.
+        resamples: of the test intervals, by subject.
+        threads: decoding in parallel.
+        progress: called with (done, all) records of a split.
+
+    Returns:
+        The content of probe.json.
+
+    Raises:
+        DataError: see `probe.run` and `zeroshot.evaluate`.
+    """
+    task = tasks.load(task)
+    pools = {k: zeroshot.Pool([s] if hasattr(s, "name") else s) for k, s in sources.items()}
+    parts = {k: _features(loaded, pool, task, threads, progress) for k, pool in pools.items()}
+    validation = "its own split"
+    if "val" not in parts:
+        whole = parts["train"]
+        away = hold_out(whole.labels, whole.groups or [])
+        parts |= {"train": _rows(whole, ~away), "val": _rows(whole, away)}
+        validation = f"{HELD_OUT:.0%} of the training subjects of each class"
+    found = probe.run(
+        parts["train"],
+        parts["val"],
+        parts["test"],
+        list(task.classes),
+        metric=task.metric,
+        fractions=fractions,
+        shots=shots,
+        seeds=seeds,
+        resamples=resamples,
+    )
+    settings = {
+        "resamples": resamples,
+        "seeds": list(seeds),
+        "sweep": list(probe.SWEEP),
+        "features": "unit image embeddings, standardised by the training records in use",
+        "validation": validation,
+        "records": {k: len(p.labels) for k, p in parts.items()},
+    }
+    return _head("probe", loaded, pools, settings) | {
+        "task": task.name,
+        "chance": task.chance,
+        **found.json(),
+    }
+
+
+def hold_out(labels: Int[np.ndarray, "n"], groups: Sequence[Any]) -> np.ndarray:
+    """Which records are of the held-out fifth of the subjects of each class (a subject counts for its first record).
+
+    Example:
+        >>> hold_out(np.zeros(10, int), [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]).sum()
+        np.int64(2)
+    """
+    subject = tallies.codes(groups)
+    first = np.unique(subject, return_index=True)[1]
+    order = np.random.default_rng(0).permutation(len(first))
+    taken = np.zeros(len(first), bool)
+    for k in np.unique(np.asarray(labels)[first]):
+        own = order[np.asarray(labels)[first][order] == k]
+        taken[own[: max(1, round(len(own) * HELD_OUT))]] = len(own) > 1
+    return taken[subject]
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """What the command prints."""
+    return "\n".join("  ".join(c.ljust(w) for c, w in line).rstrip() for line in _widths(_lines(found)))
+
+
+def _lines(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    show = lambda v: results.Value(v["value"], v["low"], v["high"], v.get("reason", "")).text()
+    if "pairs" in found:
+        names = ("R@1", "R@5", "R@10", "mAP", "median_rank")
+        lines: list[tuple[str, ...]] = [("query", "metric", "value [95% CI]", "chance", "queries", "gallery")]
+        for way in ("image_to_text", "text_to_image"):
+            d = found[way]
+            sizes = (str(d["queries"]), str(d["gallery"]))
+            for name in names:
+                luck = f"{d['chance'][name]:.3f}" if name in d["chance"] else ""
+                lines.append((way.replace("_", " "), name, show(d["values"][name]), luck, *sizes))
+        return lines
+    lines = [("budget", "seed", "train", "C", found["metric"], "test", "subjects")]
+    for r in found["runs"]:
+        v = show(r["values"][found["metric"]])
+        lines.append(
+            (
+                r["budget"],
+                str(r["seed"]),
+                str(r["n_train"]),
+                f"{r['C']:g}",
+                v,
+                str(r["n_test"]),
+                str(r["subjects"]),
+            )
+        )
+    for budget, s in found["summary"].items():
+        if s["sd"] is not None:
+            lines.append((budget, "mean", "", "", f"{s['mean']:.3f} (sd {s['sd']:.3f})", "", ""))
+    return [*lines, ("chance", "", "", "", f"{found['chance']:.3f}", "", "")]
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[list[tuple[str, int]]]:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return [list(zip(line, widths, strict=True)) for line in lines]
+
+
+def _features(
+    loaded: Loaded, pool: zeroshot.Pool, task: tasks.Task, threads: int, progress: Progress | None
+) -> probe.Split:
+    facts = pool.facts()
+    picked = tasks.select(task, facts)
+    z = zeroshot.embed(loaded, pool, list(picked), threads=threads, progress=progress)
+    groups = [
+        facts[i].patient if task.group == "patient" and facts[i].patient else facts[i].key for i in picked
+    ]
+    return probe.Split(z, np.array(list(picked.values()), np.int64), groups)
+
+
+def _rows(split: probe.Split, chosen: np.ndarray) -> probe.Split:
+    groups = [g for g, yes in zip(split.groups or (), chosen, strict=True) if yes]
+    return probe.Split(split.features[chosen], split.labels[chosen], groups)
+
+
+def _head(
+    kind: str, loaded: Loaded, pools: Mapping[str, zeroshot.Pool], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    data = {k: zeroshot.describe(pool, len(pool)) for k, pool in pools.items()}
+    about = zeroshot.heading(loaded, data, settings["resamples"], 0)
+    about["settings"] |= settings
+    return {"format": f"unimed_jax.{kind}", "version": _VERSION, "use": results.USE, **about}

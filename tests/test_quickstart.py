@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import small_model
 
 from unimed_jax import config, quickstart, quickstart_scores
+from unimed_jax.data import export, shards
 from unimed_jax.data.minimed import fetch, packages
 from unimed_jax.data.phantom import Phantom
 from unimed_jax.errors import DataError
@@ -159,6 +161,68 @@ def test_a_seeds_heads_on_shared_features_score_as_its_whole_model_does(tmp_path
     found = quickstart_scores.block([short, full], scratch=None, beside={})
     assert found["seeds"] == [short.values["balanced_accuracy"].value] * 2
     assert found["recall"] == {k: v.value for k, v in full.recall.items() if full.support[k]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Divided:
+    """The phantom's drawings under the name of the real set, a third of them in each part."""
+
+    name: str = "minimed"
+    licence: str = ""
+    description: str = "drawings"
+
+    def items(self):
+        parts = ("train", "test", "holdout")
+        return [
+            dataclasses.replace(item, split=parts[i % 3])
+            for i, item in enumerate(Phantom(n=36, size=32).items())
+        ]
+
+    def example(self, item):
+        return dataclasses.replace(Phantom(n=36, size=32).example(item), split=item.split)
+
+
+def test_every_part_is_measured_on_its_own_records_against_those_of_training(tmp_path):
+    tokenizer = small_model.tokenizer(tmp_path / "words")
+    export.export(Divided(), tmp_path / "records", tokenizer=tokenizer)
+    classes = {m: [f"a picture of {m}", f"{m} of the chest"] for m in config.MODALITIES}
+    (tmp_path / "kind.json").write_text(json.dumps({"name": "kind", "label": "modality", "classes": classes}))
+    m = small_model.model(vision__proj="linear", text__proj="linear", text__dropout=0.0)
+    cfg = config.Train(
+        name="t",
+        batch_size=8,
+        duration=config.Duration(steps=1),
+        model=m,
+        data=config.Data(
+            root=str(tmp_path / "records"),
+            sources=(config.Source(name="minimed", captions="uniform"),),
+            views=2,
+            features=str(tmp_path / "features"),
+        ),
+        loss=config.Loss(tile=8),
+        optim=config.Optim(
+            freeze=(r"vision/(?!proj).*", r"text/(?!proj).*"), warmup=config.Duration(steps=1)
+        ),
+        eval=config.Eval(tasks=(str(tmp_path / "kind.json"),), bootstrap=0),
+    )
+    measured = quickstart_scores.measure(cfg, ("holdout", "test"), "kind")
+    folder = tmp_path / "records" / "minimed"
+    for split in ("holdout", "test"):
+        part = measured.parts[split]
+        wanted = {item.key for item in Divided().items() if item.split == split}
+        assert {e.key.removeprefix("minimed/") for e in part.records} == {
+            k.removeprefix("minimed/") for k in wanted
+        }
+        assert all(e.split == split for e in part.records)
+        assert part.features.shape == (12, m.vision.width)
+        found = part.references["kind"]["1-NN on raw pixels"]
+        assert found.n == 12
+        # The same by hand: the nearest training thumbnail, and no other, gives the label.
+        train = shards.Shards(shards.find_sources(folder.parent)["minimed"], "train")
+        near = quickstart_scores.pixels(part.records) @ quickstart_scores.pixels(train).T
+        labels = [train[int(i)].modality for i in near.argmax(1)]
+        right = [a == e.modality for a, e in zip(labels, part.records, strict=True)]
+        assert found.values["accuracy"].value == pytest.approx(np.mean(right))
 
 
 def test_samples_of_an_earlier_run_are_not_predicted(tmp_path):

@@ -6,6 +6,9 @@ import csv
 import dataclasses
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +192,42 @@ def test_results_do_not_depend_on_batch_size_or_order(tiny, folder, tree):
         assert a.metrics.values["accuracy"] == b.metrics.values["accuracy"]
         logs = [[p.log_scores for p in t.predictions] for t in (a, b)]
         np.testing.assert_allclose(*logs, atol=1e-4)
+
+
+def test_eight_devices_give_the_same_results(tiny, folder, tree, tmp_path):
+    """Each batch is shared; a damaged picture is known to all."""
+    lists = tree / "damaged"
+    for name in ("left/a.png", "right/b.png", "right/c.png"):
+        suite_tree.Tree(lists).picture(name)
+    (lists / "left" / "z.png").write_bytes(b"broken")
+    entry = TWO | {"name": "damaged", "layout": {"kind": "folders", "folder": "damaged"}}
+    suite, out = own(tmp_path, entry), tmp_path / "o"
+    one = suite_run.evaluate(tiny, collect(tree, suite=str(suite)), resamples=0)
+    flags = [
+        "--suite",
+        str(suite),
+        "--data-root",
+        str(tree),
+        "--model",
+        str(folder),
+        "--out",
+        str(out),
+        "--ci",
+        "0",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "unimed_jax", "eval", *flags, "--allow-bad", "1"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "8 x cpu" in done.stdout
+    _, logs = rows_of(out, "damaged")
+    np.testing.assert_allclose(logs, [p.log_scores for p in one.tasks[0].predictions], atol=1e-4)
+    assert [b["reason"] for b in one.bad] == ["z.png: is no picture of a known format"]
+    assert "z.png" in (out / "errors.csv").read_text()
 
 
 def collect(root: Path, wanted=(), options=(), source=OWN, suite="unimed21", **more) -> suite_run.Collected:

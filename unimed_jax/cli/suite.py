@@ -190,7 +190,9 @@ def _table(done: SuiteResults) -> str:
             lines.append(f"prompts {s.data_set.name}: one prompt a class {spread(s.sensitivity)}")
         lines += [f"note    {s.data_set.name}: {n}" for n in (*s.notes, *s.task.metrics.notes)]
     for p in done.suite.published if done.complete else ():
-        lines += [f"publ.   {p['name']} {name}: {value} % accuracy" for name, value in published_lines(p)]
+        lines += [
+            f"publ.   {p['name']} {name}: accuracy, percent: {value}" for name, value in published_lines(p)
+        ]
     if done.suite.published and not done.complete:
         lines.append(
             "note    published averages are not shown: they are over the whole suite, this is a part"

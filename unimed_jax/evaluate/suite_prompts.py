@@ -156,7 +156,11 @@ def task(s: suites.DataSet, source: Source) -> tuple[tasks.Task, str]:
         found = {k: v[: s.prompt_count] for k, v in found.items()}
         words = f"{words}; the first {s.prompt_count} of each class only".removeprefix("; ")
     made = tasks.Task(
-        name=s.name, classes=found, label=f"labels:{s.name}", metric=s.metric, description=s.fetch
+        name=s.name,
+        classes=found,
+        label=f"labels:{s.name}",
+        metric=s.metric,
+        description=f"Modality: {s.modality}." if s.modality else "",
     )
     # What the original asks is not ours to refuse: its classes may share a prompt.
     return (made if source.kind == "reference" else tasks.checked(made, f"prompts of {s.name}")), words

@@ -122,8 +122,10 @@ def evaluate(
     arrays = {r.table.rows[0].path: r.table.array for r in collected.ready if r.table.array is not None}
     prompts = zeroshot.prompt_embeddings(loaded, [r.task for r in collected.ready])
     z, errors = _embed(loaded, list(pictures), arrays, threads, progress)
+    sources = {collected.suite.name: {"split": "test", "records": len(pictures)}}
+    data = {"sources": sources, "evaluated": len(pictures) - len(errors)}
     out = SuiteResults(
-        **zeroshot.heading(loaded, {"sources": {}, "evaluated": len(pictures)}, resamples, seed),
+        **zeroshot.heading(loaded, data, resamples, seed),
         suite=collected.suite,
         prompt_source=collected.source.json(),
         protocol=protocol,

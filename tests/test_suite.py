@@ -614,6 +614,16 @@ def test_empty_sets_say_what_was_tried(tmp_path):
     )
 
 
+def test_a_folder_that_cannot_be_listed_does_not_stop_the_rest(tmp_path, monkeypatch):
+    pictures(tmp_path / "d", "left/1.png")
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    assert "d cannot be read (Permission denied)" in refusal(tmp_path, TWO)
+
+
 def test_lists_in_latin_1_are_read_and_said(tmp_path):
     pictures(tmp_path / "d", "größe.png", "2.png")
     text = "image,label\ngröße.png,left\n2.png,right\n"

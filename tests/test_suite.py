@@ -165,7 +165,10 @@ def test_views_of_the_results_are_written(whole):
     assert "61.63" in text  # the published average stands beside a complete suite
     assert "order unknown" in text
     assert "mean: overall" in (out / "results.csv").read_text()
-    assert "rsna" in (out / "report.html").read_text().lower()
+    page = (out / "report.html").read_text()
+    mean = found["averages"]["accuracy"]["overall"]["value"]
+    assert f"overall {mean:.3f} (21 sets)" in page
+    assert "UniMed-CLIP B/16, published" in page
     assert not (out / "errors.csv").exists()
     s = found["datasets"]["CT_axial"]["sensitivity"]
     assert s["minimum"] <= s["median"] <= s["maximum"]

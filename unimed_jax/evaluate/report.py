@@ -14,7 +14,7 @@ from typing import Any
 
 from unimed_jax import __version__
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import metrics, plots, results
+from unimed_jax.evaluate import metrics, plots, results, suite_results
 
 TEMPLATES = Path(__file__).parent / "templates"
 _CONFIG = (  # settings that a reader of a report asks for first
@@ -212,7 +212,24 @@ def _result_facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"unimed_jax {code['version']}" + (f", {code['revision'][:12]}" if code["revision"] else ""),
         ),
         ("Intervals", f"95 %, {stored['settings']['resamples']} bootstrap resamples by subject"),
+        *_suite_facts(stored),
     ]
+
+
+def _suite_facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Averages of a suite, each of one metric, what stands beside them, and what is missing."""
+    out = []
+    for metric, groups in stored.get("averages", {}).items():
+        means = [
+            f"{name} {suite_results.number(metric, m['value'])} ({m['sets']} sets)"
+            for name, m in groups.items()
+        ]
+        out.append((f"Mean {suite_results.words(metric)}", "; ".join(means)))
+    for p in stored.get("published", []) if stored.get("suite", {}).get("complete") else []:
+        figures = "; ".join(f"{name} {value}" for name, value in suite_results.published_lines(p))
+        out.append((f"{p['name']}, published", f"accuracy in percent: {figures}"))
+    failed = [f"{f['set']} ({f['status']})" for f in stored.get("failed", [])]
+    return [*out, *([("Not evaluated", ", ".join(failed))] if failed else [])]
 
 
 def _task(t: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy; comes with jax
 import numpy as np
 
 from unimed_jax import config
+from unimed_jax.convert.names import some
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
 
@@ -318,36 +319,6 @@ def refuse(where: str, what: str, faults: Faults, remedy: str = "") -> None:
             f"{where or 'state dict'} is no {what} of this architecture: {'; '.join(words)}",
             remedy or "compare the architecture with the file's own config",
         )
-
-
-def some(names: list[str], most: int = 6) -> str:
-    """Names on one line; those that differ only in their layer are drawn together.
-
-    Example:
-        >>> some(["layer.0.w", "layer.1.w", "layer.3.w", "b"])
-        'layer.{0-1,3}.w, b'
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for name in names:
-        number = re.search(r"(?<=\.)\d+(?=\.)", name)
-        # The first number counts layers; later ones are part of the name (proj.0, proj.2).
-        template = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
-        groups[template.replace("{}", "\0")].append(-1 if number is None else int(number[0]))
-    words = [t.replace("\0", _ranges(numbers)) for t, numbers in groups.items()]
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
-
-
-def _ranges(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return "{" + ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) + "}"
 
 
 def _layers(row: Row, shape: tuple[int, ...]) -> range | list[None]:

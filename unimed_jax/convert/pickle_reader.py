@@ -6,36 +6,23 @@ up in a table given by the caller; it is never imported, and every count and len
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from unimed_jax.convert.mapped import shown
+from unimed_jax.convert.pickle_machine import (
+    MAX_INT,
+    MAX_NAME,
+    MAX_PICKLE,
+    MAX_STEPS,
+    REMEDY,
+    Known,
+    Machine,
+)
 from unimed_jax.convert.plain import KEYS, Invalid, bare, check_plain
 from unimed_jax.errors import DataError
 
-MAX_PICKLE = 32 * 2**20  # bytes of a whole pickle; 2000 tensors need 0.2 MB
-MAX_STEPS = 500_000  # instructions; 2000 tensors need about 70 000
-MAX_WORK = 8  # arguments of all calls, in values and characters, per byte of the file (and the steps on top)
-MAX_TEXT = 2**20  # bytes of one string
-MAX_INT = 32  # bytes of one integer
-MAX_NAME = 512  # bytes of a module's or class's name
-_REMEDY = "get the weights as a plain state dict or as safetensors from a source that you trust"
-
-
-class Known:
-    """A name that the file may use.
-
-    Args:
-        name: as in the file, "module.name".
-        call: what applying it to arguments gives; None when it is only ever an argument itself.
-        new: gives an attribute table when an object is made of it.
-    """
-
-    __slots__ = ("call", "name", "new")
-
-    def __init__(self, name: str, call: Callable[[tuple], Any] | None = None, *, new: bool = False):
-        self.name, self.call, self.new = name, call, new
+__all__ = ("MAX_PICKLE", "MAX_STEPS", "Known", "Shell", "load", "load_first", "set_items")
 
 
 def load(
@@ -57,7 +44,7 @@ def load(
     """
     value, end = load_first(data, where, find, persistent)
     if end != len(data):
-        raise DataError(f"{where} is no readable checkpoint: bytes follow its end (byte {end})", _REMEDY)
+        raise DataError(f"{where} is no readable checkpoint: bytes follow its end (byte {end})", REMEDY)
     return value
 
 
@@ -74,138 +61,44 @@ def load_first(
     Raises:
         DataError: as `load`.
     """
-    machine = _Machine(data, where, find, persistent, start)
+    machine = Machine(data, where, find, persistent, start)
     try:
-        machine.run()
+        machine.run(_OPS, _REFUSED)
         check_plain(machine.result)
     except Invalid as e:
         machine.fail(str(e))
     return machine.result, machine.at
 
 
-class _Machine:
-    def __init__(self, data: bytes, where: str, find, persistent, start: int):
-        self.data, self.where, self.find, self.persistent = data, where, find, persistent
-        self.at = start
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        self.objects: dict[
-            int, dict
-        ] = {}  # attribute tables by identity; holding them keeps the identities valid
-        self.work = MAX_WORK * len(data) + MAX_STEPS
-        self.done = False
-        self.result: Any = None
-
-    def fail(self, why: str) -> NoReturn:
-        raise DataError(f"{self.where} is no readable checkpoint: {why} (byte {self.at})", _REMEDY)
-
-    def forbid(self, name: str) -> NoReturn:
-        raise DataError(f"{self.where} contains {bare(name)}; not executed", _REMEDY)
-
-    def run(self) -> None:
-        data, steps = self.data, 0
-        while not self.done:
-            steps += 1
-            if steps > MAX_STEPS:
-                self.fail(f"it has more than {MAX_STEPS} instructions")
-            if self.at >= len(data):
-                self.fail("it is cut short")
-            code = data[self.at]
-            self.at += 1
-            handler = _OPS.get(code)
-            if handler is None:
-                self.fail(f"instruction {_REFUSED.get(code, hex(code))} is not supported; not executed")
-            handler(self)
-
-    def spend(self, values: Any) -> None:
-        """Counts what a call will look at: one large value must not be handed to a thousand calls."""
-        self.work -= len(values) + sum(len(v) for v in values if isinstance(v, _SIZED))
-        if self.work < 0:
-            self.fail("it uses the same values too often")
-
-    def take(self, n: int) -> bytes:
-        if n > len(self.data) - self.at:
-            self.fail("it is cut short")
-        self.at += n
-        return self.data[self.at - n : self.at]
-
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
-
-    def line(self) -> str:
-        end = self.data.find(b"\n", self.at, self.at + MAX_NAME + 1)
-        if end < 0:
-            self.fail("a name has no end")
-        raw = self.data[self.at : end]
-        self.at = end + 1
-        return self.decode(raw)
-
-    def decode(self, raw: bytes, encoding: str = "utf-8") -> str:
-        try:
-            return raw.decode(encoding)
-        except UnicodeDecodeError:
-            self.fail("a text is not UTF-8")
-
-    def text(self, n: int) -> bytes:
-        if n > MAX_TEXT:
-            self.fail(f"a text of {n} bytes is over the limit of {MAX_TEXT}")
-        return self.take(n)
-
-    def pop(self) -> Any:
-        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            self.fail("a value is missing")
-        return self.stack.pop()
-
-    def top(self) -> Any:
-        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            self.fail("a value is missing")
-        return self.stack[-1]
-
-    def pop_mark(self) -> list[Any]:
-        if not self.marks:
-            self.fail("a mark is missing")
-        start = self.marks.pop()
-        values = self.stack[start:]
-        del self.stack[start:]
-        return values
-
-    def lookup(self, name: str) -> None:
-        value = self.find(name)
-        if value is None:
-            self.forbid(name)
-        self.stack.append(value)
-
-
 # One function per instruction: pickletools' names, in its groups.
 
 
-def _proto(m: _Machine) -> None:
+def _proto(m: Machine) -> None:
     if not 2 <= m.number("<B") <= 5:
         m.fail("its protocol is none of 2 to 5")
 
 
-def _frame(m: _Machine) -> None:
+def _frame(m: Machine) -> None:
     if m.number("<Q") > len(m.data) - m.at:
         m.fail("a frame is cut short")
 
 
-def _stop(m: _Machine) -> None:
+def _stop(m: Machine) -> None:
     m.result, m.done = m.pop(), True
     if m.stack or m.marks:
         m.fail("values are left over")
 
 
-def _mark(m: _Machine) -> None:
+def _mark(m: Machine) -> None:
     m.marks.append(len(m.stack))
 
 
-def _pop(m: _Machine) -> None:
+def _pop(m: Machine) -> None:
     m.pop()
 
 
-def _long(form: str) -> Callable[[_Machine], None]:
-    def op(m: _Machine) -> None:
+def _long(form: str) -> Callable[[Machine], None]:
+    def op(m: Machine) -> None:
         n = m.number(form)
         if not 0 <= n <= MAX_INT:
             m.fail(f"an integer of {n} bytes is over the limit of {MAX_INT}")
@@ -214,16 +107,16 @@ def _long(form: str) -> Callable[[_Machine], None]:
     return op
 
 
-def _constant(value: Any) -> Callable[[_Machine], None]:
+def _constant(value: Any) -> Callable[[Machine], None]:
     return lambda m: m.stack.append(value)
 
 
-def _fixed(form: str) -> Callable[[_Machine], None]:
+def _fixed(form: str) -> Callable[[Machine], None]:
     return lambda m: m.stack.append(m.number(form))
 
 
-def _text(form: str, encoding: str) -> Callable[[_Machine], None]:
-    def op(m: _Machine) -> None:
+def _text(form: str, encoding: str) -> Callable[[Machine], None]:
+    def op(m: Machine) -> None:
         n = m.number(form)
         if n < 0:
             m.fail("a text has a negative length")
@@ -233,26 +126,26 @@ def _text(form: str, encoding: str) -> Callable[[_Machine], None]:
     return op
 
 
-def _tuple(n: int) -> Callable[[_Machine], None]:
-    def op(m: _Machine) -> None:
+def _tuple(n: int) -> Callable[[Machine], None]:
+    def op(m: Machine) -> None:
         m.stack.append(tuple([m.pop() for _ in range(n)][::-1]))
 
     return op
 
 
-def _put(form: str) -> Callable[[_Machine], None]:
-    def op(m: _Machine) -> None:
+def _put(form: str) -> Callable[[Machine], None]:
+    def op(m: Machine) -> None:
         m.memo[m.number(form)] = m.top()
 
     return op
 
 
-def _memoize(m: _Machine) -> None:
+def _memoize(m: Machine) -> None:
     m.memo[len(m.memo)] = m.top()
 
 
-def _get(form: str) -> Callable[[_Machine], None]:
-    def op(m: _Machine) -> None:
+def _get(form: str) -> Callable[[Machine], None]:
+    def op(m: Machine) -> None:
         index = m.number(form)
         if index not in m.memo:
             m.fail(f"value {index} is not there yet")
@@ -261,11 +154,11 @@ def _get(form: str) -> Callable[[_Machine], None]:
     return op
 
 
-def _append(m: _Machine) -> None:
+def _append(m: Machine) -> None:
     _extend(m, [m.pop()])
 
 
-def _extend(m: _Machine, values: list[Any]) -> None:
+def _extend(m: Machine, values: list[Any]) -> None:
     target = m.top()
     if type(target) is not list:
         m.fail("values are appended to what is no list")
@@ -288,37 +181,37 @@ def set_items(target: Any, flat: list[Any]) -> None:
         target[key] = value
 
 
-def _setitem(m: _Machine) -> None:
+def _setitem(m: Machine) -> None:
     value, key = m.pop(), m.pop()
     set_items(m.top(), [key, value])
 
 
-def _setitems(m: _Machine) -> None:
+def _setitems(m: Machine) -> None:
     flat = m.pop_mark()
     set_items(m.top(), flat)
 
 
-def _appends(m: _Machine) -> None:
+def _appends(m: Machine) -> None:
     values = m.pop_mark()
     _extend(m, values)
 
 
-def _global(m: _Machine) -> None:
+def _global(m: Machine) -> None:
     m.lookup(f"{m.line()}.{m.line()}")
 
 
-def _stack_global(m: _Machine) -> None:
+def _stack_global(m: Machine) -> None:
     name, module = m.pop(), m.pop()
     if not isinstance(name, str) or not isinstance(module, str) or len(name) + len(module) > MAX_NAME:
         m.fail("a name is no text")
     m.lookup(f"{module}.{name}")
 
 
-def _inst(m: _Machine) -> None:
+def _inst(m: Machine) -> None:
     m.forbid(f"{m.line()}.{m.line()}")
 
 
-def _reduce(m: _Machine) -> None:
+def _reduce(m: Machine) -> None:
     args, known = m.pop(), m.pop()
     if not isinstance(known, Known) or known.call is None or not isinstance(args, tuple):
         m.fail(
@@ -328,7 +221,7 @@ def _reduce(m: _Machine) -> None:
     m.stack.append(known.call(args))
 
 
-def _newobj(m: _Machine) -> None:
+def _newobj(m: Machine) -> None:
     args, known = m.pop(), m.pop()
     if not isinstance(known, Known) or not known.new or type(args) is not tuple or args:
         m.fail(
@@ -339,7 +232,7 @@ def _newobj(m: _Machine) -> None:
     m.stack.append(made)
 
 
-def _build(m: _Machine) -> None:
+def _build(m: Machine) -> None:
     state, target = m.pop(), m.top()
     if isinstance(target, Shell):
         target.build(state)
@@ -352,7 +245,7 @@ def _build(m: _Machine) -> None:
         m.fail("a state is given to what has none")
 
 
-def _persistent(m: _Machine) -> None:
+def _persistent(m: Machine) -> None:
     if m.persistent is None:
         m.fail("it refers to a storage")
     m.stack.append(m.persistent(m.pop()))
@@ -370,10 +263,10 @@ class Shell:
         raise NotImplementedError
 
 
-_OPS: Mapping[int, Callable[[_Machine], None]] = {
+_OPS: Mapping[int, Callable[[Machine], None]] = {
     code[0]: op
     for code, op in {
-        b"\x80": _proto, b"\x95": _frame, b".": _stop, b"(": _mark, b"0": _pop, b"1": _Machine.pop_mark,
+        b"\x80": _proto, b"\x95": _frame, b".": _stop, b"(": _mark, b"0": _pop, b"1": Machine.pop_mark,
         b"N": _constant(None), b"\x88": _constant(True), b"\x89": _constant(False),
         b"J": _fixed("<i"), b"K": _fixed("<B"), b"M": _fixed("<H"), b"G": _fixed(">d"),
         b"\x8a": _long("<B"), b"\x8b": _long("<i"),
@@ -398,4 +291,3 @@ _REFUSED = {
         b"\x91": "FROZENSET", b"\x96": "BYTEARRAY8", b"\x97": "NEXT_BUFFER", b"\x98": "READONLY_BUFFER",
     }.items()
 }  # fmt: skip
-_SIZED = (str, bytes, list, tuple, dict)

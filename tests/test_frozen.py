@@ -172,6 +172,12 @@ def test_flags_that_do_not_fit_are_refused(home, words, message):
         verb.run(["--model", "m", "--data", str(home / "records"), "--out", str(home / "no"), *words])
 
 
+def test_too_few_records_are_refused_before_anything_is_embedded(tiny, phantom, monkeypatch):
+    monkeypatch.setattr(tiny, "encode_rows", None)
+    with pytest.raises(DataError, match="training records, 1000 are asked for"):
+        frozen.probe_task(tiny, phantom, "phantom_modality", shots=(1, 1000))
+
+
 def test_the_same_subjects_on_both_sides_are_refused(home):
     words = ["--model", str(home / "model"), "--data", str(home / "records"), "--out", str(home / "no")]
     with pytest.raises(DataError, match="in the training and the test split"):

@@ -34,7 +34,7 @@ def commands(page: str) -> list[str]:
 
 def usage_only(command: str) -> bool:
     """A synopsis such as `train --config=FILE [...]` is no command to run."""
-    return "[" in command or "FILE" in command
+    return any(word in command for word in ("[", "FILE", " DIR"))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def shorten(command: str) -> str:
             " --config.model.text.depth=1 --config.model.text.mlp_dim=64"
         )
     if "--data demo/records" in command:  # the drawings of the fall-back have a task of their own
-        command = re.sub(r"--tasks \S+", "--tasks phantom_modality", command)
+        command = re.sub(r"--(tasks|probe) \S+", r"--\1 phantom_modality", command)
     return command
 
 

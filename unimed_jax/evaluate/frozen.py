@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
+from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError
 from unimed_jax.evaluate import probe, results, retrieval, tallies, tasks, zeroshot
 from unimed_jax.infer import Loaded
@@ -100,13 +101,18 @@ def probe_task(
     """
     task = tasks.load(task)
     pools = {k: zeroshot.Pool([s] if hasattr(s, "name") else s) for k, s in sources.items()}
-    parts = {k: _features(loaded, pool, task, threads, progress) for k, pool in pools.items()}
-    validation = "its own split"
-    if "val" not in parts:
-        whole = parts["train"]
-        away = hold_out(whole.labels, whole.groups or [])
-        parts |= {"train": _rows(whole, ~away), "val": _rows(whole, away)}
-        validation = f"{HELD_OUT:.0%} of the training subjects of each class"
+    facts = {k: pool.facts() for k, pool in pools.items()}
+    picked = {k: tasks.select(task, facts[k]) for k in pools}
+    bare = _divided({k: _split(facts[k], task, picked[k]) for k in pools})
+    probe.check(bare["train"], bare["val"], bare["test"], list(task.classes), shots)
+    parts = {}
+    for k, pool in pools.items():
+        z = zeroshot.embed(loaded, pool, list(picked[k]), threads=threads, progress=progress)
+        parts[k] = _split(facts[k], task, picked[k], z)
+    parts = _divided(parts)
+    validation = (
+        "its own split" if "val" in pools else f"{HELD_OUT:.0%} of the training subjects of each class"
+    )
     found = probe.run(
         parts["train"],
         parts["val"],
@@ -192,16 +198,27 @@ def _widths(lines: Sequence[Sequence[str]]) -> list[list[tuple[str, int]]]:
     return [list(zip(line, widths, strict=True)) for line in lines]
 
 
-def _features(
-    loaded: Loaded, pool: zeroshot.Pool, task: tasks.Task, threads: int, progress: Progress | None
+def _split(
+    facts: Mapping[int, Example],
+    task: tasks.Task,
+    picked: Mapping[int, int],
+    z: Float[np.ndarray, "n d"] | None = None,
 ) -> probe.Split:
-    facts = pool.facts()
-    picked = tasks.select(task, facts)
-    z = zeroshot.embed(loaded, pool, list(picked), threads=threads, progress=progress)
+    """The task's records with their embeddings, or with none while only labels and subjects are checked."""
     groups = [
         facts[i].patient if task.group == "patient" and facts[i].patient else facts[i].key for i in picked
     ]
-    return probe.Split(z, np.array(list(picked.values()), np.int64), groups)
+    features = np.zeros((len(picked), 0), np.float32) if z is None else z
+    return probe.Split(features, np.array(list(picked.values()), np.int64), groups)
+
+
+def _divided(parts: Mapping[str, probe.Split]) -> dict[str, probe.Split]:
+    """With a validation split from the training subjects where there is none."""
+    if "val" in parts:
+        return dict(parts)
+    whole = parts["train"]
+    away = hold_out(whole.labels, whole.groups or [])
+    return {**parts, "train": _rows(whole, ~away), "val": _rows(whole, away)}
 
 
 def _rows(split: probe.Split, chosen: np.ndarray) -> probe.Split:

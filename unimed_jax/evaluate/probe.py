@@ -238,7 +238,7 @@ def run(
     splits = {"training": train, "validation": validation, "test": test}
     for split in splits.values():
         _check(np.asarray(split.features), np.asarray(split.labels), len(classes))
-    _disjoint(splits)
+    check(train, validation, test, classes, shots)
     budgets: list[tuple[str, dict[str, Any]]] = [(f"{100 * f:g} %", {"fraction": f}) for f in fractions]
     budgets += [(f"{k} shot{'s' * (k > 1)}", {"shots": k}) for k in shots]
     runs = []
@@ -344,12 +344,19 @@ def _check(features: np.ndarray, labels: np.ndarray, classes: int) -> None:
         raise DataError(f"probe: record {row} has features that are not finite", "check the model's weights")
 
 
-def _disjoint(splits: Mapping[str, Split]) -> None:
-    """No subject may be learned from and judged."""
+def check(
+    train: Split, validation: Split, test: Split, classes: Sequence[str], shots: Sequence[int] = ()
+) -> None:
+    """Refuses what can be refused from labels and subjects alone, before anything is embedded.
+
+    Raises:
+        DataError: for a subject in two splits, or a class without training records or with fewer than the shots.
+    """
     seen: dict[Hashable, str] = {}
-    for name, split in splits.items():
+    for name, split in {"training": train, "validation": validation, "test": test}.items():
         for g in set(() if split.groups is None else split.groups):
             if seen.setdefault(g, name) != name:
                 raise DataError(
                     f"probe: a subject is in the {seen[g]} and the {name} split", "split by subject"
                 )
+    subset(train.labels, classes, shots=max(shots, default=1))

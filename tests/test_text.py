@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import ftfy
 import numpy as np
@@ -259,3 +260,107 @@ def test_refusals_are_one_clear_line(tmp_path):
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe\n")
     with pytest.raises(DataError, match="holds no tokenizer"):
         Tokenizer(tmp_path)
+
+
+SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def specification(**model) -> dict:
+    vocab = {w: i for i, w in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "axial"))}
+    wordpiece = {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+        "vocab": vocab,
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": 0, "content": "[PAD]", **SPECIAL}],
+        "model": wordpiece | model,
+    }
+
+
+def vocabulary(**more) -> dict:
+    return specification(vocab=specification()["model"]["vocab"] | more)
+
+
+DAMAGE = {
+    "a number near 2**32": (vocabulary(x=4294967290), "number of 'x' is 4294967290, not one of 0 to 6554"),
+    "a negative number": (vocabulary(x=-1), "number of 'x' is -1"),
+    "a fraction": (vocabulary(x=1.5), "number of 'x' is 1.5"),
+    "yes": (vocabulary(x=True), "number of 'x' is True"),
+    "a text": (vocabulary(x="1"), "number of 'x' is '1'"),
+    "a word without end": (vocabulary(**{"y\n" * 10_000: -1}), "number of 'y"),
+    "CLIP's kind": (
+        specification(type="BPE", merges=[], vocab={"<|endoftext|>": 0, "x": 4294967290}),
+        "4294967290",
+    ),
+    "an added word": (
+        specification() | {"added_tokens": [{"id": 4294967290, "content": "zz", **SPECIAL}]},
+        "number of 'zz' is 4294967290",
+    ),
+    "an added number": (
+        specification() | {"added_tokens": [{"id": 5, "content": 5, **SPECIAL}]},
+        "no list of words",
+    ),
+    "added nothing": (specification() | {"added_tokens": [7]}, "no list of words"),
+    "no vocabulary": (specification(vocab=[["a", 0.0]], type="Unigram"), "is a 'Unigram' tokenizer"),
+    "no model": ({"version": "1.0"}, "it has no model"),
+    "a list": ([1, 2], "no JSON object"),
+    "a panic of the library": (
+        specification() | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+        "precompiled_charsmap",
+    ),
+}
+
+READ_ALL = """
+import sys
+from unimed_jax.data.text import Tokenizer
+from unimed_jax.errors import DataError
+for path in sys.argv[1:]:
+    try:
+        Tokenizer(path)
+        print("read")
+    except DataError as e:
+        print(e.line())
+print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
+
+
+def read_all(*paths) -> tuple[list[str], int]:
+    """What a process of its own says of each file, and its peak of memory in bytes."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of a process is read from /proc")
+    argv = [sys.executable, "-c", READ_ALL, *map(str, paths)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, peak = done.stdout.splitlines()
+    return lines, int(peak) * 1024
+
+
+def test_damaged_vocabularies_are_refused_before_the_library_crashes(tmp_path):
+    paths = [tmp_path / f"{i}.json" for i in range(len(DAMAGE) + 1)]
+    for path, (spec, _) in zip(paths, [*DAMAGE.values(), (specification(), "")], strict=True):
+        path.write_text(json.dumps(spec))
+    lines, _ = read_all(*paths)
+    assert lines.pop() == "read"
+    for path, line, (name, (_, words)) in zip(paths, lines, DAMAGE.items(), strict=False):
+        assert str(path) in line, name
+        assert words in line, name
+        assert len(line) < 400, name
+
+
+def test_files_that_are_deep_or_large_once_unpacked_are_refused(tmp_path):
+    deep, bomb, wide = tmp_path / "deep.json", tmp_path / "bomb.txt.gz", tmp_path / "vocab.txt"
+    deep.write_text('{"model": ' + "[" * 1_000_000)
+    with gzip.open(bomb, "wb", compresslevel=1) as f:
+        for _ in range(400):
+            f.write(bytes(2**20))
+    assert bomb.stat().st_size < 2**21
+    wide.write_bytes(b"a\n" * 2**23 + b"b")
+    lines, peak = read_all(deep, bomb, wide)
+    assert "deep.json holds no tokenizer: no readable JSON" in lines[0]
+    assert "bomb.txt.gz holds no tokenizer: it has more than 16 MB" in lines[1]
+    assert "vocab.txt holds no tokenizer: it has more than 16 MB" in lines[2]
+    assert peak < 300 * 2**20

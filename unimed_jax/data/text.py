@@ -25,6 +25,8 @@ _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_MERGES = 49152 - 256 - 2  # merges of OpenAI's vocabulary file that its model uses
 _FILES = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
+_MAX_BYTES = 16 * 2**20  # of a tokenizer's file, unpacked; BERT's and CLIP's have up to 4 MB
+_MAX_HOLES = 2**16  # numbers without a word; the library writes all of them out
 _SPACE = re.compile(r"\s+")
 _PLAIN = re.compile(r"[ -%'-~\t\n\r]*")  # printable ASCII without "&", which starts an entity
 
@@ -149,15 +151,63 @@ def _read(path: Path) -> Any:
             return _wordpiece(_vocabulary(path), **_casing(path))
         if path.suffix == ".gz":
             return _clip(path)
-        return Backend.from_file(str(path))
+        # What was checked is what the library gets: it crashes where Python would raise.
+        return Backend.from_str(json.dumps(_specification(path)))
     except DataError:
         raise
-    except Exception as e:  # the library raises plain Exception
-        raise DataError(f"{path} holds no tokenizer: {e}", f"give one of {', '.join(_FILES)}") from e
+    except BaseException as e:  # the library raises plain Exception, and panics with a class of its own
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise _no_tokenizer(path, str(e)) from e
+
+
+def _no_tokenizer(path: Path, why: str) -> DataError:
+    return DataError(f"{path} holds no tokenizer: {why}", f"give one of {', '.join(_FILES)}")
+
+
+def _bounded(path: Path) -> bytes:
+    """The content of a file, unpacked, up to the limit."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
+        data = f.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise _no_tokenizer(path, f"it has more than {_MAX_BYTES // 2**20} MB")
+    return data
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_bounded(path))
+    except (ValueError, RecursionError) as e:
+        raise _no_tokenizer(path, f"no readable JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise _no_tokenizer(path, "no JSON object")
+    return value
+
+
+def _specification(path: Path) -> dict[str, Any]:
+    """A tokenizer.json whose words are texts and whose numbers leave few holes."""
+    spec = _json(path)
+    model, added = spec.get("model"), spec.get("added_tokens") or []
+    if not isinstance(model, dict):
+        raise _no_tokenizer(path, "it has no model")
+    if not isinstance(model.get("vocab"), dict):
+        raise DataError(f"{path} is a {model.get('type')!r:.40} tokenizer", "WordPiece and BPE are read")
+    if not isinstance(added, list) or not all(
+        isinstance(t, dict) and isinstance(t.get("content"), str) for t in added
+    ):
+        raise _no_tokenizer(path, "its added_tokens are no list of words")
+    numbered = [*model["vocab"].items(), *((t["content"], t.get("id")) for t in added)]
+    limit = len(numbered) + _MAX_HOLES
+    for word, number in numbered:
+        if type(number) is not int or not 0 <= number < limit:
+            raise _no_tokenizer(
+                path, f"the number of {word!r:.40} is {number!r:.40}, not one of 0 to {limit - 1}"
+            )
+    return spec
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = _bounded(path).decode("utf-8").split("\n")
     vocabulary = {token.rstrip("\r"): i for i, token in enumerate(lines if lines[-1] else lines[:-1])}
     if missing := [t for t in _BERT_SPECIALS if t not in vocabulary]:
         raise DataError(f"the vocabulary {path} has no {', '.join(missing)}", "give BERT's vocab.txt")
@@ -168,7 +218,7 @@ def _casing(path: Path) -> dict[str, bool]:
     options = path.with_name("tokenizer_config.json")
     if not options.is_file():
         return {}
-    return {"lowercase": bool(json.loads(options.read_text(encoding="utf-8")).get("do_lower_case", True))}
+    return {"lowercase": bool(_json(options).get("do_lower_case", True))}
 
 
 def _wordpiece(vocabulary: dict[str, int], *, lowercase: bool = True) -> Any:
@@ -195,8 +245,7 @@ def _clip(path: Path) -> Any:
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    with gzip.open(path, "rt", encoding="utf-8") as f:
-        lines = f.read().split("\n")[1 : _CLIP_MERGES + 1]
+    lines = _bounded(path).decode("utf-8").split("\n", _CLIP_MERGES + 1)[1 : _CLIP_MERGES + 1]
     merges = [(a, b) for a, _, b in (line.partition(" ") for line in lines) if b]
     letters = _byte_letters()
     words = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), *_SPECIALS["clip"][:2]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,10 +15,10 @@ import torch
 import training
 
 import unimed_jax
-from unimed_jax import conversion, model_folder
+from unimed_jax import config, conversion, model_folder
 from unimed_jax.cli import main
 from unimed_jax.conversion import Request, convert
-from unimed_jax.convert import outputs, source, verify
+from unimed_jax.convert import optimizer, outputs, source, verify
 from unimed_jax.convert.tensor_file import open_safetensors
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
@@ -28,7 +30,8 @@ pytestmark = pytest.mark.torch
 def native(tmp_path_factory) -> Path:
     """A model folder of UniMed-CLIP's shape, small."""
     folder = tmp_path_factory.mktemp("native")
-    return small_model.loaded(folder).save(folder / "model")
+    # Heads of 64, as the original's vision towers have.
+    return small_model.loaded(folder, cfg=small_model.model(vision__heads=1)).save(folder / "model")
 
 
 @pytest.fixture(scope="module")
@@ -193,22 +196,195 @@ def test_outputs_that_differ_write_nothing(native, tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_written_file_that_differs_is_taken_back(native, tmp_path, monkeypatch):
+@pytest.mark.parametrize("to", ["openclip", "unimed"])
+def test_a_written_file_that_differs_never_appears_and_the_old_one_stays(native, tmp_path, monkeypatch, to):
+    dst = tmp_path / "out"
     monkeypatch.setattr(verify, "LIMIT", 0.0)
     with pytest.raises(DataError, match="differ from PyTorch"):
-        convert(Request(src=native, dst=tmp_path / "oc", to="openclip", verify=True))
+        convert(Request(src=native, dst=dst, to=to, verify=True))
     assert list(tmp_path.iterdir()) == []
+    convert(Request(src=native, dst=dst, to=to))
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match="differ from PyTorch"):
+        convert(Request(src=native, dst=dst, to=to, verify=True, force=True))
+    monkeypatch.setattr(conversion.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match="needs torch"):
+        convert(Request(src=native, dst=dst, to=to, verify=True, force=True))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ["native", "openclip", "unimed"])
+def test_the_old_target_comes_back_when_the_last_rename_fails(native, tmp_path, monkeypatch, to):
+    dst = tmp_path / "out"
+    first = convert(Request(src=native, dst=dst, to=to)).wrote
+    before = contents(tmp_path)
+    rename = os.replace
+
+    def fails_once(src, target):
+        if Path(target) == dst and ".new" in Path(src).name:
+            raise OSError(28, "No space left on device")
+        rename(src, target)
+
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(DataError, match="No space left"):
+        convert(Request(src=native, dst=dst, to=to, force=True))
+    assert contents(tmp_path) == before
+    assert first[0] == dst
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_force_deletes_only_what_a_conversion_wrote(native, tmp_path):
+    convert(Request(src=native, dst=tmp_path / "w.pt", to="unimed"))
+    run = tmp_path / "run"
+    (run / "checkpoints" / "5").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    hold = tmp_path / "hold"
+    hold.mkdir()
+    shutil.copy(tmp_path / "w.pt", hold)
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="holds 'checkpoints'"):
+        convert(Request(src=tmp_path / "w.pt", dst=run, force=True))
+    for to in ("native", "openclip"):
+        with pytest.raises(UsageError, match="would be overwritten"):
+            convert(Request(src=hold / "w.pt", dst=hold, to=to, force=True))
+    (tmp_path / "f.txt").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        convert(Request(src=tmp_path / "w.pt", dst=tmp_path / "f.txt", force=True))
+    (tmp_path / "f.txt").unlink()
+    assert contents(tmp_path) == before
+
+
+def test_the_card_beside_a_file_overwrites_nothing_unasked(native, tmp_path):
+    (tmp_path / "w.pt.md").write_text("my notes")
+    with pytest.raises(UsageError, match=r"w.pt.md exists"):
+        convert(Request(src=native, dst=tmp_path / "w.pt", to="unimed"))
+    assert contents(tmp_path) == {"w.pt.md": b"my notes"}
+    (tmp_path / "v.pt.md").mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        convert(Request(src=native, dst=tmp_path / "v.pt", to="unimed", force=True))
+    assert not (tmp_path / "v.pt").exists()
+
+
+def test_what_is_left_out_is_said_and_moments_and_origin_go_along(native, tmp_path):
+    m, params, _ = model_folder.read(native)
+    state = {k: torch.from_numpy(np.array(v)) for k, v in outputs.tensors("unimed", params, m)}
+    state = {n: state[n] for n in optimizer.module_order(state)}
+    names = list(state)
+    plain = [i for i, n in enumerate(names) if state[n].ndim < 2]
+    group = lambda ids, decay: {
+        "lr": 1e-3,
+        "betas": (0.9, 0.98),
+        "eps": 1e-6,
+        "weight_decay": decay,
+        "params": ids,
+        "amsgrad": False,
+        "maximize": False,
+    }
+    order = plain + [i for i in range(len(names)) if i not in plain]
+    body = {
+        "epoch": 3,
+        "state_dict": state,
+        "unimed_jax": {"model": config.to_dict(m)},
+        "scaler": {"scale": 1.0},
+        "state_dict_ema": {"x": torch.zeros(2)},
+        "optimizer": {
+            "state": {
+                n: {
+                    "step": torch.tensor(7.0),
+                    "exp_avg": state[names[i]] * 0,
+                    "exp_avg_sq": state[names[i]] * 0,
+                }
+                for n, i in enumerate(order)
+            },
+            "param_groups": [
+                group(list(range(len(plain))), 0.0),
+                group(list(range(len(plain), len(names))), 0.2),
+            ],
+        },
+    }
+    torch.save(body, tmp_path / "train.pt")
+    lines: list[str] = []
+    request = Request(src=tmp_path / "train.pt", dst=tmp_path / "a", tokenizer=native)
+    convert(request, lines.append)
+    left = [line for line in lines if line.startswith("left")]
+    assert left == [
+        "left    out: scaler, state_dict_ema",
+        "left    out: the optimizer's state; --with-optimizer brings it",
+    ]
+    convert(dataclasses.replace(request, dst=tmp_path / "b", with_optimizer=True))
+    convert(Request(src=tmp_path / "b", dst=tmp_path / "c"))
+    assert (tmp_path / "c" / "optimizer.safetensors").is_file()
+    assert optimizer.load(tmp_path / "c" / "optimizer.safetensors").step == 7
+    spec = json.loads((tmp_path / "c" / "config.json").read_text())["extra"]["origin"]
+    assert (
+        spec["sha256"]
+        == json.loads((tmp_path / "b" / "config.json").read_text())["extra"]["origin"]["sha256"]
+    )
+    assert spec["file"] == "train.pt"
+    assert "converted from the model folder or run b" in (tmp_path / "c" / "README.md").read_text()
+    lines.clear()
+    convert(Request(src=tmp_path / "c", dst=tmp_path / "oc", to="openclip"), lines.append)
+    assert "left    out: optimizer.safetensors, which the format openclip cannot hold" in lines
+
+
+def test_a_foreign_folder_is_loaded_with_a_tokenizer_that_fits_or_not_at_all(native, tmp_path):
+    convert(Request(src=native, dst=tmp_path / "oc", to="openclip"))
+    words = json.loads((tmp_path / "oc" / "tokenizer.json").read_text())
+    words["model"]["vocab"]["zebra"] = 240  # a gap: 201 words, numbers up to 240
+    for number, fits in ((200, True), (5000, False)):
+        words["model"]["vocab"]["zebra"] = number
+        (tmp_path / "oc" / "tokenizer.json").write_text(json.dumps(words))
+        if fits:
+            assert unimed_jax.load(tmp_path / "oc").tokenizer is not None
+            continue
+        for act in (unimed_jax.load, lambda p: convert(Request(src=p, dst=tmp_path / "x"))):
+            with pytest.raises(DataError, match="tokens, the model 256"):
+                act(tmp_path / "oc")
+    assert not (tmp_path / "x").exists()
+
+
+def test_sharded_torch_folders_and_lone_files_are_found(clip_like, tmp_path):
+    convert(Request(src=clip_like, dst=tmp_path / "hf", to="hf-clip"))
+    state = {
+        k: torch.from_numpy(np.array(v))
+        for k, v in open_safetensors(tmp_path / "hf" / "model.safetensors").items()
+    }
+    names = sorted(state)
+    shards = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    for file, some in shards.items():
+        torch.save({n: state[n] for n in some}, tmp_path / "hf" / file)
+    index = {"metadata": {}, "weight_map": {n: file for file, some in shards.items() for n in some}}
+    (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    assert unimed_jax.load(tmp_path / "hf").digest == unimed_jax.load(clip_like).digest
+    convert(Request(src=tmp_path / "hf", dst=tmp_path / "back"))
+    same_bits(clip_like, tmp_path / "back")
+
+
+def test_a_deep_config_is_refused_in_one_line(native, tmp_path):
+    shutil.copytree(native, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(DataError) as refusal:
+        unimed_jax.load(tmp_path / "m")
+    assert "no readable JSON" in refusal.value.line()
+    assert "\n" not in refusal.value.line()
 
 
 def test_faults_of_a_file_are_all_listed_and_nothing_is_written(native, tmp_path):
     state = dict(outputs.tensors("unimed", *reversed(model_folder.read(native)[:2])))
     state = {k: torch.from_numpy(np.array(v)) for k, v in state.items()}
+    said = {
+        "model": config.to_dict(model_folder.read(native)[0])
+    }  # the number of heads, which no shape shows
     del state["visual.ln_post.bias"]
     state["visual.extra.weight"] = torch.zeros(3)
     state["text_encoder.proj.0.weight"][0, 0] = torch.nan
-    torch.save(state, tmp_path / "w.pt")
+    torch.save({"state_dict": state, "unimed_jax": said}, tmp_path / "w.pt")
     with pytest.raises(DataError) as refusal:
-        convert(Request(src=tmp_path / "w.pt", dst=tmp_path / "x", model="tiny"))
+        convert(Request(src=tmp_path / "w.pt", dst=tmp_path / "x"))
     for word in (
         "missing",
         "visual.ln_post.bias",
@@ -247,10 +423,10 @@ def test_targets_are_not_overwritten(native, tmp_path):
     with pytest.raises(UsageError, match="exists"):
         convert(Request(src=native, dst=target))
     for to in ("native", "openclip"):
-        with pytest.raises(UsageError, match="exists and"):
+        with pytest.raises(UsageError, match=r"it holds 'thesis\.txt'"):
             convert(Request(src=native, dst=target, to=to, force=True))
     assert (target / "thesis.txt").read_text() == "mine"
-    with pytest.raises(UsageError, match="both source and target"):
+    with pytest.raises(UsageError, match="would be overwritten"):
         convert(Request(src=native, dst=native, force=True))
     shutil.rmtree(target)
     convert(Request(src=native, dst=target))
@@ -270,7 +446,7 @@ def test_a_tokenizer_of_another_model_is_refused(native, clip_like, tmp_path):
 def test_the_command_line(native, tmp_path, capsys):
     assert main.dispatch(["convert", str(native), str(tmp_path / "oc"), "--to", "openclip", "--verify"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in said] == ["read", "arch", "wrote", "verify", "verify", "use"]
+    assert [line.split()[0] for line in said] == ["read", "arch", "verify", "verify", "wrote", "use"]
     assert main.dispatch(["convert", str(tmp_path / "oc"), str(tmp_path / "n"), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["format"] == "openclip"

@@ -25,6 +25,7 @@ from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip, zoo
 
 TINY = zoo.get("tiny")
+TINY.vision.heads = 1  # of 64, as the original's
 CLIP_TEXT = config.Text(
     kind="clip",
     vocab_size=60,
@@ -182,7 +183,7 @@ def test_existing_targets_are_kept(tmp_path):
     same_bits(open_source(folder).params(), params(TINY, 1))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match="holds no open_clip_model"):
+    with pytest.raises(UsageError, match="is no openclip folder alone"):
         write("openclip", TINY, tmp_path / "mine", force=True)
     with pytest.raises(UsageError, match="is a folder, --to unimed writes a file"):
         write("unimed", TINY, tmp_path / "mine", force=True)

@@ -1,14 +1,13 @@
 """Conversion from any known file, folder or run to any format that can hold the model; with proof, when asked for.
 
-Whatever is wrong is found before the target appears; only the comparison with PyTorch of a file that was just written
-comes after it, and takes the file back when it fails.
+Whatever is wrong is found before the target appears, and an older target stays until the new one stands.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,13 +18,13 @@ import numpy as np
 
 from unimed_jax import config, infer, model_folder
 from unimed_jax.convert import card, native, optimizer, outputs, source, verify
+from unimed_jax.data import target
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.data.writer import file_sha256, write_text
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip
 
 TARGETS = ("native", *outputs.WRITERS)
-OPTIMIZER = "optimizer.safetensors"
 Tell = Callable[[str], None]
 
 
@@ -100,15 +99,43 @@ def convert(request: Request, tell: Tell = lambda line: None) -> Converted:
     r = request
     if r.to not in (*TARGETS, *outputs.REFUSED):  # those are refused with the reason, once the model is known
         raise UsageError(f"no format {r.to!r}.{did_you_mean(r.to, TARGETS)}", f"one of {', '.join(TARGETS)}")
-    if Path(r.dst).exists() and not r.force:
-        raise UsageError(f"{r.dst} exists", "choose another target, or --force to replace it")
-    if Path(r.dst).exists() and Path(r.src).exists() and os.path.samefile(r.src, r.dst):
-        raise UsageError(f"{r.src} is both source and target", "choose another target")
+    _refuse_target(r)
     if r.with_optimizer and r.to != "native":
         raise UsageError(
             f"the format {r.to} holds no optimizer state", "--with-optimizer goes with --to native"
         )
+    if r.verify and importlib.util.find_spec("torch") is None:
+        raise UsageError(
+            "comparing with PyTorch needs torch, which is not installed", "pip install 'unimed-jax[torch]'"
+        )
     return (_foreign if model_folder.is_foreign(r.src) else _own)(r, tell)
+
+
+def _refuse_target(r: Request) -> None:
+    """Before any work: nothing that is there is ever overwritten unasked, and the source least of all."""
+    src, dst = Path(str(r.src)).resolve(), Path(r.dst).resolve()
+    if src.exists() and (src == dst or src.is_relative_to(dst)):
+        raise UsageError(
+            f"{r.src} would be overwritten: it is the target, or inside it", "choose another target"
+        )
+    if r.to in outputs.WRITERS:
+        outputs.refuse_target(r.to, Path(r.dst), force=r.force)
+    elif Path(r.dst).suffix != ".safetensors":
+        target.refuse_folder(Path(r.dst), model_folder.OWN_FILES, force=r.force, what="model folder")
+    elif os.path.lexists(r.dst) and not r.force:
+        raise UsageError(f"{r.dst} exists", "choose another target, or --force to replace it")
+    card_file = _card_file(r)
+    if card_file and card_file.is_dir():
+        raise UsageError(f"{card_file} is a folder: the model card goes there", "choose another target")
+    if card_file and os.path.lexists(card_file) and not r.force:
+        raise UsageError(
+            f"{card_file} exists: the model card goes there", "choose another target, or --force"
+        )
+
+
+def _card_file(r: Request) -> Path | None:
+    """The model card of a format that is one file; a folder has it inside."""
+    return Path(f"{r.dst}.md") if r.to in outputs.WRITERS and outputs.WRITERS[r.to].is_file else None
 
 
 def describe(m: config.Model, towers: tuple[str, ...] = ("vision", "text")) -> str:
@@ -140,8 +167,10 @@ def _foreign(r: Request, tell: Tell) -> Converted:
     done = Converted(model=m, towers=found.towers, format=found.format, ignored=found.ignored)
     tell(f"read    {found.path}  {found.format}")
     tell(f"arch    {describe(m, found.towers)}")
-    for field_, value in found.facts.get("assumed", {}).items():
-        tell(f"assumed {field_} = {value}")
+    for name, value in found.facts.get("assumed", {}).items():
+        tell(f"assumed {name} = {value}")
+    for line in _left_out(found, r):
+        tell(f"left    {line}")
     if len(found.towers) == 1:
         return _tower(r, found, done, tell)
     if r.to != "native":
@@ -158,6 +187,19 @@ def _foreign(r: Request, tell: Tell) -> Converted:
             done.verified = check(found, whole, words, tell)
         _write(r, m, whole or found.leaves(), words, origin.result, done, tell, moments)
     return done
+
+
+def _left_out(found: source.Source, r: Request) -> list[str]:
+    """What the file holds beside the weights and is not taken, one line each."""
+    names = list(found.facts.get("left_out", ()))
+    lines = (
+        [f"out: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"]
+        if names
+        else []
+    )
+    if found.optimizer is not None and not r.with_optimizer:
+        lines.append("out: the optimizer's state; --with-optimizer brings it")
+    return lines
 
 
 def _tower(r: Request, found: source.Source, done: Converted, tell: Tell) -> Converted:
@@ -219,36 +261,31 @@ def _own(r: Request, tell: Tell) -> Converted:
         )
     m, params, words = model_folder.read(r.src, ema=r.ema)
     words = _words(r.tokenizer, m) if r.tokenizer else words
-    leaves = clip.flatten(params)
-    done = Converted(model=m, read=f"{len(leaves)} leaves")
+    done = Converted(model=m, read=f"{len(clip.flatten(params))} leaves")
     tell(f"read    {r.src}  {done.read}")
     tell(f"arch    {describe(m)}")
+    if r.to == "native" and r.verify:
+        raise UsageError("both sides are of this program: there is nothing to compare", "leave --verify out")
+    moments = None
+    if (Path(r.src) / optimizer.FILE).is_file():
+        if r.to == "native":
+            moments = optimizer.load(Path(r.src) / optimizer.FILE)
+        else:
+            tell(f"left    out: {optimizer.FILE}, which the format {r.to} cannot hold")
     if r.to != "native":
         outputs.writer_for(r.to, m)
-    elif r.verify:
-        raise UsageError("both sides are of this program: there is nothing to compare", "leave --verify out")
-    origin = card.Origin(file=Path(r.src).name, format="native")
-    _write(r, m, params, words, lambda: origin, done, tell)
-    if r.verify and r.to == "native":
-        raise UsageError(
-            "both sides are of this program: there is nothing to compare with", "leave --verify out"
-        )
-    if r.verify:
-        _verify_written(r, m, params, words, done, tell)
+    _write(r, m, params, words, lambda: _own_origin(r), done, tell, moments)
     return done
 
 
-def _verify_written(
-    r: Request, m: config.Model, params: clip.Params, words: Tokenizer | None, done: Converted, tell: Tell
-) -> None:
-    """Compares a file that was just written with the model that it came from; takes it back when it differs."""
-    try:
-        written = source.open_source(r.dst, model=m)
-        done.verified = check(written, params, words, tell)
-    except BaseException:
-        for path in done.wrote:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        raise
+def _own_origin(r: Request) -> card.Origin:
+    """What the source says of its own origin, and that it went through our hands."""
+    said = model_folder.about(r.src)
+    said = {**said, **(said.get("origin") or {})}
+    known: dict[str, Any] = {f.name: said[f.name] for f in dataclasses.fields(card.Origin) if f.name in said}
+    passed = f"converted from the model folder or run {Path(str(r.src)).name}"
+    known["note"] = (*known.get("note", ()), passed)
+    return card.Origin(**known)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -275,7 +312,7 @@ def _write(
 
         def more(folder: Path) -> None:
             if moments:
-                optimizer.save(folder / OPTIMIZER, moments, m)
+                optimizer.save(folder / optimizer.FILE, moments, m)
 
         about = lambda: {
             "origin": {k: v for k, v in dataclasses.asdict(origin()).items() if v},
@@ -283,7 +320,7 @@ def _write(
         }
         done.wrote = [model_folder.save(r.dst, m, params, words, force=r.force, extra=about, more=more)]
     else:
-        done.wrote = _write_foreign(r, m, params, words, origin, done)
+        done.wrote = _write_foreign(r, m, params, words, origin, done, tell)
     for path in done.wrote:
         tell(f"wrote   {path}")
     for line in done.missing:
@@ -297,9 +334,14 @@ def _write_foreign(
     words: Tokenizer | None,
     origin: Callable[[], card.Origin],
     done: Converted,
+    tell: Tell,
 ) -> list[Path]:
-    def readme() -> str:
-        return card.card(
+    """Writes another library's format; a model of ours is compared with PyTorch before the target appears."""
+
+    def finish(beside: Path) -> None:
+        if r.verify and not done.verified:
+            done.verified = check(source.open_source(beside, model=m), params, words, tell)
+        readme = card.card(
             *(m, r.to),
             place=str(r.dst),
             origin=origin(),
@@ -307,17 +349,14 @@ def _write_foreign(
             verified=done.verified,
             hf_text=r.hf_text,
         )
-
-    def beside(folder: Path) -> None:
-        (folder / model_folder.CARD).write_text(readme(), "utf-8")
+        # Beside a single file, the card comes first: it says nothing without the file, the file little without it.
+        write_text(_card_file(r) or beside / model_folder.CARD, readme)
 
     outputs.write(
-        *(r.to, params, m, r.dst), tokenizer=words, force=r.force, hf_text_name=r.hf_text, more=beside
+        *(r.to, params, m, r.dst), tokenizer=words, force=r.force, hf_text_name=r.hf_text, more=finish
     )
-    if not outputs.WRITERS[r.to].is_file:
-        return [Path(r.dst)]
-    write_text(Path(f"{r.dst}.md"), readme())
-    return [Path(r.dst), Path(f"{r.dst}.md")]
+    card_file = _card_file(r)
+    return [Path(r.dst)] if card_file is None else [Path(r.dst), card_file]
 
 
 # -- proof ------------------------------------------------------------------------------------------------------------

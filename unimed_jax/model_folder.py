@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +17,12 @@ import jax
 import numpy as np
 
 from unimed_jax import __version__, config, config_rules
-from unimed_jax.convert import card
+from unimed_jax.convert import card, optimizer
+from unimed_jax.convert.configs import read_json
 from unimed_jax.convert.hf import read_with_metadata
 from unimed_jax.convert.mapping import finite
 from unimed_jax.convert.tensor_writer import write_safetensors
+from unimed_jax.data import target
 from unimed_jax.data.images import NORMALIZE
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.data.writer import file_sha256
@@ -32,7 +32,9 @@ from unimed_jax.train import checkpoint
 
 FORMAT, VERSION = "unimed_jax.model", 1
 WEIGHTS, TOKENIZER, CONFIG, CARD = "model.safetensors", "tokenizer.json", "config.json", "README.md"
+OWN_FILES = frozenset({WEIGHTS, TOKENIZER, CONFIG, CARD, optimizer.FILE})
 NO_TOKENIZER = "add the model's own: unimed-jax convert MODEL NEW --tokenizer DIR|FILE"
+_WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".index.json")
 Parts = tuple[config.Model, clip.Params, Tokenizer | None]
 
 
@@ -70,8 +72,8 @@ def _is_folder(path: Path) -> bool:
     if not (path / WEIGHTS).is_file() or not (path / CONFIG).is_file():
         return False
     try:
-        return "model_type" not in json.loads((path / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "model_type" not in read_json(path / CONFIG)
+    except DataError:
         return True
 
 
@@ -80,13 +82,9 @@ def is_foreign(path: str | Path) -> bool:
     path = Path(path)
     if path.is_file():
         return True
-    names = (
-        "open_clip_config.json",
-        "pytorch_model.bin",
-        "model.safetensors",
-        "model.safetensors.index.json",
-    )
-    return not _is_folder(path) and any((path / name).is_file() for name in names)
+    if not path.is_dir() or _is_folder(path) or _is_folder(path / "model") or (path / "checkpoints").is_dir():
+        return False
+    return any(p.name.endswith(_WEIGHT_FILES) for p in path.iterdir() if p.is_file())
 
 
 def _from_elsewhere(path: Path) -> Parts:
@@ -98,7 +96,7 @@ def _from_elsewhere(path: Path) -> Parts:
             f"{path} holds no {missing[0]} tower, so it is no model by itself",
             f"start a training from it: --config.init.{found.towers[0]}={path}",
         )
-    tokenizer = Tokenizer(found.tokenizer) if found.tokenizer else None
+    tokenizer = open_tokenizer(found.tokenizer, found.model) if found.tokenizer else None
     return found.model, found.params(), tokenizer
 
 
@@ -115,11 +113,8 @@ def _no_model(path: str) -> UsageError:
 
 def _read_config(folder: Path) -> tuple[config.Model, str]:
     """The architecture and the tokenizer's digest."""
-    try:
-        spec = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{folder / CONFIG} is no readable JSON: {e}", "restore the folder") from e
-    if not isinstance(spec, dict) or spec.get("format") != FORMAT:
+    spec = read_json(folder / CONFIG)
+    if spec.get("format") != FORMAT:
         raise DataError(
             f"{folder} is no unimed_jax model folder", "convert it first, or give the right folder"
         )
@@ -179,10 +174,17 @@ def read_tokenizer(path: str | Path) -> tuple[Tokenizer, int]:
     return tokenizer, cfg.text.context_length
 
 
+def about(path: str | Path) -> dict[str, Any]:
+    """What a model folder (or that of a run) says of its origin: see `save`, `extra`; empty for anything else."""
+    path = Path(_named(path))
+    folder = next((f for f in (path, path / "model") if _is_folder(f)), None)
+    found = read_json(folder / CONFIG).get("extra") if folder else None
+    return found if isinstance(found, dict) else {}
+
+
 def describe_origin(path: str | Path) -> list[str]:
     """Where the weights of a model folder come from, as it says itself: "hub: REPO FILE at REVISION, sha256 ..."."""
-    file = Path(_named(path)) / CONFIG
-    origin = json.loads(file.read_text("utf-8")).get("extra", {}).get("origin", {}) if file.is_file() else {}
+    origin = about(path).get("origin", {})
     files = [f for f in origin.get("files", {}).values() if isinstance(f, dict)]
     lines = [f"hub: {f['repo']} {f['name']} at {f['revision']}, sha256 {f['sha256']}" for f in files]
     lines += [f"{k}: {origin[k]}" for k in ("licence", "use", "file", "sha256") if origin.get(k)]
@@ -200,7 +202,7 @@ def verify(path: str | Path) -> None:
         if not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
             continue
         _read_config(folder)
-        spec = json.loads((folder / CONFIG).read_text("utf-8"))
+        spec = read_json(folder / CONFIG)
         for name, part in ((WEIGHTS, "weights"), (TOKENIZER, "tokenizer")):
             wanted = (spec.get(part) or {}).get("sha256", "")
             if wanted and (folder / name).is_file() and file_sha256(folder / name) != wanted:
@@ -277,9 +279,10 @@ def open_tokenizer(path: Path, cfg: config.Model, digest: str = "", where: Path 
             f"is {cfg.text.kind} with padding {cfg.text.pad_id}",
             "use the model's own tokenizer",
         )
-    if tokenizer.vocab_size > cfg.text.vocab_size:
+    words = max(tokenizer.vocabulary().values()) + 1  # numbers may have gaps
+    if words > cfg.text.vocab_size:
         raise DataError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {cfg.text.vocab_size}",
+            f"{tokenizer.path} has {words} tokens, the model {cfg.text.vocab_size}",
             "use the model's own tokenizer",
         )
     return tokenizer
@@ -314,19 +317,15 @@ def save(
         DataError: for weights that do not fit the architecture, and when the disk is full.
     """
     folder = Path(folder)
-    if folder.exists() and not force:
-        raise UsageError(f"{folder} exists", "choose another folder, or pass force to replace it")
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder} exists and is no model folder", "choose another folder")
+    target.refuse_folder(folder, OWN_FILES, force=force, what="model folder")
     good = checked(_leaves(params), cfg, str(folder))
     if jax.process_index() != 0:
         for _ in good:  # gathering a leaf is the work of all processes
             pass
         return folder
     shapes = {k: tuple(v.shape) for k, v in clip.flatten(clip.skeleton(cfg)[1]).items()}
-    beside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    try:
-        beside.mkdir(parents=True)
+    with target.swapped(folder) as beside:
+        beside.mkdir()
         digest = write_safetensors(beside / WEIGHTS, shapes, good, {"format": FORMAT})
         if tokenizer is not None:
             tokenizer.save(beside)
@@ -336,16 +335,6 @@ def save(
         (beside / CARD).write_text(_card(cfg, tokenizer, about, str(folder)), "utf-8")
         if more:
             more(beside)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-    except OSError as e:
-        raise DataError(
-            f"{folder} cannot be written: {e.strerror or e}", "free space or check permissions"
-        ) from e
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from unimed_jax.convert import architecture, hf_configs, mapping, openclip_confi
 from unimed_jax.convert.mapping import Table
 from unimed_jax.convert.source import open_source
 from unimed_jax.convert.tensor_writer import write_safetensors
+from unimed_jax.data import target
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip
@@ -104,6 +104,7 @@ WRITERS: dict[str, Writer] = {
                 (lambda m: m.text.ln_eps != 1e-12, "its BERT's norms have epsilon 1e-12"),
                 (lambda m: m.text.pad_id != 0, "its padding is token 0"),
                 (lambda m: m.vision.act != "quick_gelu", "its vision tower uses QuickGELU"),
+                (lambda m: m.vision.heads * 64 != m.vision.width, "its vision tower has heads of 64"),
                 (lambda m: m.vision.ln_eps != 1e-5, "its vision tower's norms have epsilon 1e-5"),
                 (lambda m: m.vision.normalize != "openai", "its pictures are normalised with OpenAI's mean"),
                 *(_LINEAR, _CLS, _LN_PRE, _PATCH, _NO_BIAS),
@@ -159,7 +160,7 @@ def write(
         hf_text_name: hub name that OpenCLIP takes the text tower's config and tokenizer from; default: the absolute
             path of the folder, which works offline and must be changed when the folder is moved.
         facts: "epoch" (int) and "name" (str) for a unimed file.
-        more: writes further files (a model card) into the folder before it appears.
+        more: called with the finished folder or file beside its place, before it appears: adds a model card, checks it.
 
     Returns:
         The files written.
@@ -170,34 +171,48 @@ def write(
         DataError: for weights that do not fit the architecture, a full disk, or a file that does not read back equal.
     """
     writer, dst = writer_for(to, m), Path(dst)
-    if dst.exists() and not force:
-        raise UsageError(f"{dst} exists", "choose another place, or pass force to replace it")
-    if dst.exists() and dst.is_dir() == writer.is_file:
-        what = ("folder", "file") if writer.is_file else ("file", "folder")
-        raise UsageError(f"{dst} is a {what[0]}, --to {to} writes a {what[1]}", "choose another place")
-    if dst.is_dir() and any(dst.iterdir()) and not (dst / writer.weights).is_file():
-        raise UsageError(f"{dst} exists and holds no {writer.weights}", "choose another folder")
-    beside, old = (dst.with_name(f".{dst.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    try:
-        beside.mkdir(parents=True)
+    refuse_target(to, dst, force=force)
+    with target.swapped(dst) as beside:
         if writer.is_file:
-            weights = beside / "weights.pt"
-            _save_torch(weights, params, m, facts or {})
+            _save_torch(beside, params, m, facts or {})
         else:
-            weights = beside / writer.weights
+            beside.mkdir()
             _save_folder(writer, beside, dst, params, m, tokenizer, hf_text_name)
-        _read_back(writer, weights if writer.is_file else beside, params, m)
-        if more and not writer.is_file:
+        _read_back(writer, beside, params, m)
+        if more:
             more(beside)
-        if dst.exists():
-            os.replace(dst, old)
-        os.replace(weights if writer.is_file else beside, dst)
-    except OSError as e:
-        raise DataError(f"{dst} cannot be written: {e.strerror or e}", "free space or check rights") from e
-    finally:
-        for path in (beside, old):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return [dst] if writer.is_file else sorted(dst.iterdir())
+
+
+# What a folder of ours consists of, whatever the format; with `force`, a folder with anything else stays.
+_OWN_FILES = frozenset(
+    {
+        *(
+            "README.md",
+            "config.json",
+            "open_clip_config.json",
+            "open_clip_model.safetensors",
+            "model.safetensors",
+        ),
+        *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("vocab.txt", "vocab.json", "merges.txt"),
+    }
+)
+
+
+def refuse_target(to: str, dst: Path, *, force: bool) -> None:
+    """Refuses a target before any work is done.
+
+    Raises:
+        UsageError: when it exists and `force` is not given, is a folder instead of a file or the other way round, or
+            is a folder that holds anything that this program does not write.
+    """
+    if not WRITERS[to].is_file:
+        target.refuse_folder(dst, _OWN_FILES, force=force, what=f"{to} folder")
+    elif dst.is_dir():
+        raise UsageError(f"{dst} is a folder, --to {to} writes a file", "choose another place")
+    elif os.path.lexists(dst) and not force:
+        raise UsageError(f"{dst} exists", "choose another place, or --force to replace it")
 
 
 def writer_for(to: str, m: config.Model) -> Writer:

@@ -1,0 +1,74 @@
+"""Where a result appears: refused when something else is there, written beside its place, swapped in at once.
+
+What was there before stays until the new one stands, and comes back when that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from unimed_jax.errors import DataError, UsageError
+
+
+def refuse_folder(folder: Path, own: Collection[str], *, force: bool, what: str) -> None:
+    """Refuses a target folder that exists, or, with `force`, that holds anything but what is written there.
+
+    Args:
+        folder: the target.
+        own: names of the files that a result of this kind consists of.
+        force: whether an older result may be replaced.
+        what: the kind of result, for messages.
+
+    Raises:
+        UsageError: naming what is in the way.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file, {what} is a folder", "choose another place")
+    if not force:
+        raise UsageError(f"{folder} exists", "choose another folder, or --force to replace it")
+    if others := sorted(p.name for p in folder.iterdir() if p.name not in own or p.is_dir()):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UsageError(
+            f"{folder} exists and is no {what} alone: it holds {others[0]!r}{more}",
+            "choose another folder; nothing else is ever deleted",
+        )
+
+
+@contextmanager
+def swapped(target: Path) -> Iterator[Path]:
+    """A path beside the target, for a file or folder to be made there; it takes the target's place when the block ends.
+
+    Raises:
+        DataError: when it cannot be written; then the target is as it was.
+    """
+    beside, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        if os.path.lexists(target):
+            os.replace(target, old)
+        try:
+            os.replace(beside, target)
+        except OSError:
+            if os.path.lexists(old):
+                os.replace(old, target)
+            raise
+        remove(old)
+    except OSError as e:
+        raise DataError(f"{target} cannot be written: {e.strerror or e}", "free space or check rights") from e
+    finally:
+        remove(beside)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -154,6 +154,19 @@ def test_wrappers_and_training_checkpoints(tmp_path, form, prefix):
     same_bits(bare.params(), p)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_is_no_tensor_is_left_out_by_name(tmp_path, wrapped):
+    torch = pytest.importorskip("torch")
+    s: dict = {k: torch.from_numpy(np.array(v)) for k, v in state(TINY, "unimed", params(TINY)).items()}
+    s |= {"experts": [torch.ones(2), torch.ones(2)], "note": "by hand"}
+    torch.save({"state_dict": s, "scaler": {}} if wrapped else s, tmp_path / "a.pt")
+    source = open_source(tmp_path / "a.pt", model="tiny")
+    assert source.facts["left_out"] == ["scaler"] * wrapped + ["experts", "note"]
+    torch.save(s | {f"n{i}": i for i in range(200)}, tmp_path / "a.pt")
+    names = open_source(tmp_path / "a.pt", model="tiny").facts["left_out"]
+    assert (len(names), names[-1]) == (101, "102 more")
+
+
 def test_a_key_with_and_without_its_prefix_is_refused(tmp_path):
     s = state(TINY, "unimed", params(TINY))
     save_file(s | {"module.logit_scale": s["logit_scale"]}, tmp_path / "a.safetensors")

@@ -335,3 +335,64 @@ def test_opening_reads_nothing_and_release_gives_back(tmp_path, kind):
     assert opened < 10
     assert read > 150
     assert released < 20
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_bits_that_change_the_values_are_refused(tmp_path, kind):
+    """A view with torch's minus bit: its storage holds the other sign."""
+    base, path = torch.arange(1.0, 5.0), tmp_path / "a.pt"
+    negative = torch._neg_view(base)
+    torch.save({"x": negative, "y": base}, path, _use_new_zipfile_serialization=kind == "zip")
+    assert torch.load(path)["x"].tolist() == [-1, -2, -3, -4]
+    refusal(path, "a tensor's values are not those of its storage: 'neg' is set")
+    torch.save({"x": negative.resolve_neg()}, path, _use_new_zipfile_serialization=kind == "zip")
+    assert open_torch(path).tree["x"].tolist() == [-1, -2, -3, -4]
+
+
+HOOKS = name("collections", "OrderedDict") + b")R"
+NO_BITS = {"none": (), "null": (b"N",), "empty": (b"}",), "false": (table(neg=b"\x89", conj=b"\x89"),)}
+BITS = {
+    "minus": ((table(neg=b"\x88"),), "'neg' is set"),
+    "conjugate": ((table(conj=b"\x88"),), "'conj' is set"),
+    "unknown": ((table(tilted=b"\x89"),), "'tilted' is set"),
+    "no yes or no": ((table(neg=b"K\0"),), "'neg' is set"),
+    "no table": ((text("neg"),), "more arguments"),
+    "two tables": ((b"}", b"}"), "more arguments"),
+}
+
+
+def rebuilt(tmp_path: Path, version: str, more: tuple[bytes, ...]) -> Path:
+    kind = (name("torch", "float32"),) if version == "v3" else ()
+    shape = (integer(0), several(integer(4)), several(integer(1)))
+    function = name("torch._utils", f"_rebuild_tensor_{version}")
+    body = call(function, storage(), *shape, b"\x89", HOOKS, *kind, *more)
+    return archive(tmp_path / "a.pt", table(x=body))
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+@pytest.mark.parametrize("case", [*NO_BITS, *BITS])
+def test_metadata_of_a_tensor(tmp_path, version, case):
+    if case in NO_BITS:
+        found = open_torch(rebuilt(tmp_path, version, NO_BITS[case])).tree["x"]
+        assert found.shape == (4,)
+    else:
+        more, words = BITS[case]
+        refusal(rebuilt(tmp_path, version, more), words)
+
+
+def test_what_is_no_tensor_is_named(tmp_path):
+    x = torch.arange(3.0)
+    inner = {
+        "w": x,
+        "list": [x, x],
+        "note": "fine\n\x1b[31m",
+        "none": None,
+        "deep": {"n": 3, "w": x},
+        "bad\n\x1b": 1,
+    }
+    torch.save({"epoch": 3, "model": inner}, tmp_path / "a.pt")
+    opened = open_torch(tmp_path / "a.pt")
+    found = opened.tensors(opened.tree["model"])
+    assert list(found) == ["w", "deep.w"]
+    assert found.left_out == ("list", "note", "none", "deep.n", r"bad\n\x1b")
+    assert opened.tensors().left_out[0] == "epoch"

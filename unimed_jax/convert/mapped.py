@@ -85,6 +85,7 @@ class Mapped(Mapping[str, np.ndarray]):
         views: name -> view, in the file's order.
         maps: the files below the views.
         metadata: JSON values that the file carries beside its tensors.
+        left_out: names, safe to print, of what stands among the tensors and is none.
     """
 
     def __init__(
@@ -93,10 +94,12 @@ class Mapped(Mapping[str, np.ndarray]):
         views: Mapping[str, np.ndarray],
         maps: Sequence[FileMap],
         metadata: Mapping[str, Any] | None = None,
+        left_out: Sequence[str] = (),
     ):
         self.path = Path(path)
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.maps = tuple(maps)
+        self.left_out = tuple(left_out)
         self._views = dict(views)
 
     def __getitem__(self, name: str) -> np.ndarray:

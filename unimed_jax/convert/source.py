@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,7 @@ def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any]
         opened = open_torch(file)
         tree, optimizer = _unwrap(found, opened)
         mapped = opened.tensors(tree)
+        _leave_out(found, mapped.left_out)
         if opened.kind == "torchscript":
             found.hints = {"format": "openai"} | found.hints
     state: dict[str, np.ndarray] = {}
@@ -237,15 +238,20 @@ def _unwrap(found: locate.Found, opened: TorchFile) -> tuple[Any, Mapping[str, A
     if inner is None:
         return tree, None
     found.facts |= {k: tree[k] for k in _FACTS if _is_fact(tree.get(k))}
-    if others := sorted(str(k) for k in tree.keys() - {inner, "optimizer", "unimed_jax", *_FACTS}):
-        found.facts["left_out"] = [
-            shown(k).strip("'") for k in others[:100]
-        ]  # scaler, arguments: nothing of the model
+    others = sorted(str(k) for k in tree.keys() - {inner, "optimizer", "unimed_jax", *_FACTS})
+    _leave_out(found, [shown(k).strip("'") for k in others])  # scaler, arguments: nothing of the model
     ours = tree.get("unimed_jax")
     if isinstance(ours, dict) and isinstance(ours.get("model"), dict):
         found.hints |= _embedded(ours["model"], str(found.path))
     optimizer = tree.get("optimizer")
     return tree[inner], optimizer if isinstance(optimizer, dict) else None
+
+
+def _leave_out(found: locate.Found, names: Sequence[str]) -> None:
+    """Notes what of a file is not taken; names are safe to print."""
+    if names:
+        before = found.facts.get("left_out", [])
+        found.facts["left_out"] = [*before, *names[:100]] + [f"{len(names) - 100} more"] * (len(names) > 100)
 
 
 def _is_fact(value: Any) -> bool:

@@ -18,6 +18,19 @@ MAX_SHARED = 16  # tensors may together show this many times the file's size
 _PLACEHOLDER = np.zeros(())
 
 
+def _refuse_metadata(rest: list) -> None:
+    """Refuses what changes a tensor's values beside its storage: torch's bits for minus and for complex conjugate."""
+    match rest:
+        case [] | [None]:
+            return
+        case [dict(metadata)]:
+            said = [k for k, v in metadata.items() if k not in ("neg", "conj") or v is not False]
+        case _:
+            raise Invalid("a tensor with more arguments than torch writes")
+    if said:
+        raise Invalid(f"a tensor's values are not those of its storage: {shown(said[0])} is set")
+
+
 class _Storage(pickle_reader.Shell):
     """A flat run of numbers in the file."""
 
@@ -95,15 +108,17 @@ class Builder:
 
     def _tensor(self, args: tuple) -> np.ndarray:
         match args:
-            case (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_):
+            case (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *rest):
+                _refuse_metadata(rest[2:])  # after requires_grad and hooks
                 return self._view(storage, storage.dtype, offset, shape, strides)
         raise Invalid("a tensor without storage, offset, size and stride")
 
     def _tensor_v3(self, args: tuple) -> np.ndarray:
         match args:
-            case (_Storage() as s, int(offset), tuple(shape), tuple(strides), _, _, str(name), *_) if (
+            case (_Storage() as s, int(offset), tuple(shape), tuple(strides), _, _, str(name), *rest) if (
                 name in torch_names.DTYPES
             ):
+                _refuse_metadata(rest)
                 return self._view(s, torch_names.DTYPES[name], offset, shape, strides)
         raise Invalid("a tensor without storage, offset, size, stride and type")
 

@@ -55,6 +55,9 @@ class TorchFile:
     def tensors(self, tree: Any = None) -> Mapped:
         """All arrays below nested dicts, by their keys joined with "."; of a TorchScript module: its state dict.
 
+        What is no array is named in `left_out`; of a module, whose plain attributes are no weights, only lists of
+        arrays.
+
         Args:
             tree: a part of `self.tree`; all of it when None.
 
@@ -62,23 +65,35 @@ class TorchFile:
             DataError: when two of them get the same name.
         """
         found: dict[str, np.ndarray] = {}
-        for name, array in _named(self.tree if tree is None else tree, ""):
+        others: list[str] = []
+        for name, value in _named(self.tree if tree is None else tree, ""):
+            if not isinstance(value, np.ndarray):
+                if self.kind != "torchscript" or _holds_array(value):
+                    others.append(shown(name).strip("'"))
+                continue
             if name in found:
                 raise DataError(f"{self.path} holds {shown(name)} twice", "save it again")
-            found[name] = array
-        return Mapped(self.path, found, [self._file])
+            found[name] = value
+        return Mapped(self.path, found, [self._file], left_out=others)
 
     def release(self) -> None:
         """Gives the pages read so far back to the system."""
         self._file.release()
 
 
-def _named(tree: Any, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(tree, np.ndarray):
+def _named(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Everything below nested dicts that is no dict."""
+    if not isinstance(tree, dict):
         yield prefix.removesuffix("."), tree
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _named(value, f"{prefix}{key}.")
+        return
+    for key, value in tree.items():
+        yield from _named(value, f"{prefix}{key}.")
+
+
+def _holds_array(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_holds_array, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, np.ndarray)
 
 
 def open_torch(path: str | Path, *, verify_crc: bool = False) -> TorchFile:

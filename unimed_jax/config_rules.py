@@ -1,4 +1,4 @@
-"""Which settings are possible: choices, ranges, and what must agree; every refusal names the field. Standard library."""
+"""Which settings are possible: choices, ranges, and what must agree; refusals name the field. Standard library."""
 
 from __future__ import annotations
 
@@ -69,6 +69,9 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+_NAME = 100  # characters of a model's name
+
+
 def _require(ok: bool, cause: str, remedy: str = "") -> None:
     if not ok:
         raise UsageError(f"config: {cause}", remedy)
@@ -81,7 +84,7 @@ def _require_known_values(settings: Any, *, model: bool) -> None:
             continue
         value = config.get_path(settings, path.removeprefix("model."))
         if path in CHOICES:
-            _require(value in CHOICES[path], f"{path} is {value!r}", f"one of {', '.join(CHOICES[path])}")
+            _require(value in CHOICES[path], f"{path} is {value!r:.90}", f"one of {', '.join(CHOICES[path])}")
         else:
             low, high = RANGES[path]
             below = f", below {high:g}" if math.isfinite(high) else ""
@@ -94,6 +97,12 @@ def validate_model(m: config.Model) -> config.Model:
     Raises:
         UsageError: naming the field, its value and what would be accepted.
     """
+    # It stands in messages, cards and file headers.
+    _require(
+        len(m.name) <= _NAME and m.name.isprintable(),
+        f"model.name is {m.name[:_NAME]!r}",
+        f"one printable line of at most {_NAME} characters",
+    )
     _require_known_values(m, model=True)
     v, t = m.vision, m.text
     for name, tower in (("vision", v), ("text", t)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ USE: dict[str, str] = {
     "hf-clip": 'from transformers import CLIPModel, CLIPProcessor\n\nmodel = CLIPModel.from_pretrained("{place}")\n'
     'processor = CLIPProcessor.from_pretrained("{place}")',
 }
+_CELL = 600  # characters of one cell
 _NOT_KNOWN = "not known to this program: the terms of the weights it was made from apply"
 
 
@@ -122,7 +124,7 @@ def card(
         architecture=open_clip_name(v),
     )
     parts = [
-        f"# {m.name}",
+        f"# {_cell(m.name)}",
         f"A vision-language model for medical images, written in the format `{to}` by unimed_jax {__version__}.",
         "**Research use only. Not a medical device; no diagnosis may rest on its scores, which are not calibrated "
         "probabilities.**",
@@ -154,4 +156,16 @@ def open_clip_name(v: config.Vision) -> str:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {a} | {b.replace('|', '/')} |" for a, b in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {_cell(a)} | {_cell(b)} |" for a, b in rows)])
+
+
+def _cell(text: str) -> str:
+    r"""Words that may come from a file as one line of Markdown without any markup of its own.
+
+    Example:
+        >>> print(_cell("a|b`c\n# d"))
+        a\|b\`c # d
+    """
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = line if len(line) <= _CELL else f"{line[: _CELL - 3]}..."
+    return re.sub(r"([\\`|<\[])", r"\\\1", line)

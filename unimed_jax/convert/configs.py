@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unimed_jax.convert.mapped import shown
 from unimed_jax.data.images import NORMALIZE
 from unimed_jax.errors import DataError
 
@@ -100,7 +101,7 @@ def hf(spec: Mapping[str, Any], where: str) -> Hints:
             "convert the folders of its two towers, or an OpenCLIP folder",
         )
     raise DataError(
-        f"{where}: model_type {kind!r} is not read", "clip, clip_vision_model, bert and dinov2 are"
+        f"{where}: model_type {shown(kind)} is not read", "clip, clip_vision_model, bert and dinov2 are"
     )
 
 
@@ -112,13 +113,13 @@ def _typed(spec: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]
     for k, v in out.items():
         want = (int, float) if isinstance(defaults[k], float) else type(defaults[k])
         if not isinstance(v, want) or (isinstance(v, bool) and want is not bool):
-            raise DataError(f"{where}: {k} is {v!r}", "download or save it again")
+            raise DataError(f"{where}: {k} is {shown(v)}", "download or save it again")
     return out
 
 
 def _act(value: str, where: str) -> str:
     if value not in _ACTS:
-        raise DataError(f"{where}: hidden_act {value!r} is not supported", f"one of {', '.join(_ACTS)}")
+        raise DataError(f"{where}: hidden_act {shown(value)} is not supported", f"one of {', '.join(_ACTS)}")
     return value
 
 
@@ -157,7 +158,9 @@ def _hf_clip_vision(c: Mapping[str, Any], where: str) -> Hints:
 
 def _hf_bert(spec: Mapping[str, Any], where: str) -> Hints:
     if spec.get("position_embedding_type", "absolute") != "absolute":
-        raise DataError(f"{where}: position_embedding_type {spec['position_embedding_type']!r} is not ours")
+        raise DataError(
+            f"{where}: position_embedding_type {shown(spec['position_embedding_type'])} is not ours"
+        )
     if spec.get("is_decoder") or spec.get("add_cross_attention"):
         raise DataError(f"{where} describes a decoder", "an encoder is read")
     c = _typed(spec, _HF_BERT, where)
@@ -209,7 +212,9 @@ def preprocessor(spec: Mapping[str, Any], where: str, *, strict: bool = True) ->
     """
     hints = {"vision.normalize": normalization(spec.get("image_mean"), spec.get("image_std"), where)}
     if spec.get("do_normalize", True) is not True:
-        raise DataError(f"{where}: do_normalize is {spec['do_normalize']!r}", "pixels are always normalised")
+        raise DataError(
+            f"{where}: do_normalize is {shown(spec['do_normalize'])}", "pixels are always normalised"
+        )
     if not strict:
         return hints
     size, crop = _side(spec.get("size"), where, crop=False), _side(spec.get("crop_size"), where, crop=True)
@@ -223,7 +228,7 @@ def preprocessor(spec: Mapping[str, Any], where: str, *, strict: bool = True) ->
     }
     if bad := [k for k, v in wrong.items() if v]:
         raise DataError(
-            f"{where}: {', '.join(f'{k} {spec.get(k)!r}' for k in bad)} is not our preprocessing",
+            f"{where}: {', '.join(f'{k} {shown(spec.get(k))}' for k in bad)} is not our preprocessing",
             "ours: shorter side to the image size, bicubic, centre crop, divide by 255",
         )
     return hints | ({"vision.image_size": crop or size} if crop or size else {})
@@ -239,7 +244,7 @@ def _side(value: Any, where: str, *, crop: bool) -> int | None:
     if isinstance(sides[0], int) and len(set(sides)) == 1:
         return sides[0]
     raise DataError(
-        f"{where}: {'crop_size' if crop else 'size'} {value!r} is not our preprocessing",
+        f"{where}: {'crop_size' if crop else 'size'} {shown(value)} is not our preprocessing",
         "ours: shorter side to the image size, then a square from the centre",
     )
 
@@ -256,7 +261,8 @@ def normalization(mean: Any, std: Any, where: str) -> str:
         if _close(mean, a) and _close(std, b):
             return name
     raise DataError(
-        f"{where}: mean {mean!r} and std {std!r} are none of ours", f"known: {', '.join(sorted(NORMALIZE))}"
+        f"{where}: mean {shown(mean)} and std {shown(std)} are none of ours",
+        f"known: {', '.join(sorted(NORMALIZE))}",
     )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 
 from unimed_jax import config
 from unimed_jax.convert import tables
+from unimed_jax.convert.mapped import shown
 from unimed_jax.convert.tensor_file import open_safetensors
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
@@ -65,10 +64,10 @@ def bert_config(path: str | Path) -> config.Text:
     """
     c = read_json(Path(path))
     if c.get("model_type") != "bert" or c.get("position_embedding_type", "absolute") != "absolute":
-        raise DataError(f"{path} describes no plain BERT (model_type {c.get('model_type')!r})")
+        raise DataError(f"{path} describes no plain BERT (model_type {shown(c.get('model_type'))})")
     if c.get("hidden_act", "gelu") not in _ACT:
         raise DataError(
-            f"{path}: hidden_act {c['hidden_act']!r} is not supported", f"one of {', '.join(_ACT)}"
+            f"{path}: hidden_act {shown(c['hidden_act'])} is not supported", f"one of {', '.join(_ACT)}"
         )
     try:
         return config.Text(
@@ -104,44 +103,3 @@ def text_from_bert_safetensors(path: str | Path) -> clip.Params:
     text = bert_config(Path(path).parent / "config.json")
     m = config.Model(name=f"BERT of {path}", embed_dim=text.width, text=text)
     return {"text": tables.to_params(read_safetensors(path), tables.HF_BERT, m, where=str(path))}
-
-
-def clip_to_params(state: Mapping[str, np.ndarray], m: config.Model, *, where: str = "") -> clip.Params:
-    """A whole CLIPModel state dict (both towers and the temperature) as our parameters.
-
-    Raises:
-        DataError: listing every missing, unexpected, mis-shaped and non-finite key.
-    """
-    heads = {
-        "vision": ("vision_model.", "visual_projection."),
-        "text": ("text_model.", "text_projection."),
-    }
-    parts = {tower: {k: v for k, v in state.items() if k.startswith(p)} for tower, p in heads.items()}
-    rest = state.keys() - {"logit_scale"} - parts["vision"].keys() - parts["text"].keys()
-    if rest or "logit_scale" not in state:
-        raise DataError(
-            f"{where or 'state dict'} is no CLIPModel: unexpected {sorted(rest)[:6]}, or no logit_scale"
-        )
-    scale = np.asarray(state["logit_scale"], np.float32).reshape(())
-    if not math.isfinite(scale):
-        raise DataError(f"{where or 'state dict'}: logit_scale is {scale}")
-    return {
-        "vision": tables.to_params(parts["vision"], tables.HF_CLIP_VISION, m, where=where),
-        "text": tables.to_params(parts["text"], tables.HF_CLIP_TEXT, m, where=where),
-        "logit_scale": scale,
-    }
-
-
-def clip_from_params(params: clip.Params, m: config.Model) -> dict[str, np.ndarray]:
-    """The inverse of `clip_to_params`.
-
-    Raises:
-        DataError: when CLIPModel cannot hold this model.
-    """
-    if "logit_bias" in params:
-        raise DataError(f"CLIPModel has no place for the logit_bias of model {m.name!r}")
-    return {
-        **tables.from_params(params["vision"], tables.HF_CLIP_VISION, m),
-        **tables.from_params(params["text"], tables.HF_CLIP_TEXT, m),
-        "logit_scale": np.asarray(params["logit_scale"], np.float32),
-    }

@@ -10,6 +10,7 @@ from typing import Any
 
 from unimed_jax import config, config_rules
 from unimed_jax.convert import configs, openclip_config
+from unimed_jax.convert.mapped import shown
 from unimed_jax.errors import DataError, UsageError
 
 _NATIVE = "unimed_jax.model"
@@ -91,7 +92,9 @@ def _native_folder(folder: Path, path: Path) -> Found | None:
     if spec.get("format") != _NATIVE or not (folder / "model.safetensors").is_file():
         return None
     if spec.get("version") != 1:
-        raise DataError(f"{folder} has version {spec.get('version')!r}, this program reads 1", "update it")
+        raise DataError(
+            f"{folder} has version {shown(spec.get('version'))}, this program reads 1", "update it"
+        )
     try:
         m = config.from_dict(config.Model, spec.get("model", {}), where=f"{folder / 'config.json'}: model")
         config_rules.validate_model(m)
@@ -114,7 +117,7 @@ def _openclip_folder(folder: Path, path: Path) -> Found | None:
         if bert.get("model_type") == "bert":
             said = _hints(configs.hf, bert, beside)
             hints = {k: v for k, v in said.items() if k != "text.context_length"} | hints
-    facts = {k: text[k] for k in ("hf_model_name", "hf_tokenizer_name") if isinstance(text.get(k), str)}
+    facts = {k: text[k] for k in ("hf_model_name", "hf_tokenizer_name") if _is_name(text.get(k))}
     return Found(path=path, weights=weights, hints=hints, tokenizer=_tokenizer(folder), facts=facts)
 
 
@@ -139,7 +142,14 @@ def _hints(
     try:
         return read(spec, str(file))
     except (TypeError, ValueError, OverflowError, AttributeError, KeyError) as e:
-        raise DataError(f"{file} holds a value of a wrong type: {e}", "download or save it again") from e
+        raise DataError(
+            f"{file} holds a value of a wrong type: {shown(str(e))}", "download or save it again"
+        ) from e
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a config's value may stand in our reports and cards; a hub name or path is one short line."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200
 
 
 def _tokenizer(folder: Path) -> Path | None:

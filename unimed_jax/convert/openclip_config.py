@@ -12,6 +12,8 @@ from typing import Any
 
 from unimed_jax import config
 from unimed_jax.convert.configs import Hints, normalization
+from unimed_jax.convert.mapped import shown
+from unimed_jax.convert.names import some
 from unimed_jax.data.images import NORMALIZE
 from unimed_jax.errors import DataError
 
@@ -113,7 +115,7 @@ def _part(spec: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
     bad += [k for k, v in part.items() if k not in fixed and k not in _READ[name] and v not in (None, False)]
     if bad:
         raise DataError(
-            f"{where}: {', '.join(f'{name}.{k} {part[k]!r}' for k in bad)} is not what our models compute",
+            f"{where}: {some([f'{name}.{k} {shown(part[k])}' for k in bad], 20)} is not what our models compute",
             "there is no conversion of this architecture",
         )
     return part
@@ -123,14 +125,14 @@ def _value(part: Mapping[str, Any], key: str, default: Any, kind: Any, where: st
     value = part.get(key)
     value = default if value is None else value
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise DataError(f"{where}: {key} is {value!r}", "download or save it again")
+        raise DataError(f"{where}: {key} is {shown(value)}", "download or save it again")
     return value
 
 
 def _eps(part: Mapping[str, Any], where: str) -> float:
     kwargs = part.get("norm_kwargs") or {}
     if not isinstance(kwargs, Mapping) or kwargs.keys() - {"eps"}:
-        raise DataError(f"{where}: norm_kwargs {kwargs!r} is not ours", "only eps is read")
+        raise DataError(f"{where}: norm_kwargs {shown(kwargs)} is not ours", "only eps is read")
     return _value(kwargs, "eps", 1e-5, float, where)
 
 
@@ -145,11 +147,14 @@ def _vit(v: Mapping[str, Any], act: str, where: str) -> Hints:
     if isinstance(v.get("layers"), list):
         raise DataError(f"{where} describes a ResNet", "vision transformers are read")
     width = _value(v, "width", 768, int, where)
+    head = _value(v, "head_width", 64, int, where)
+    if head < 1:
+        raise DataError(f"{where}: vision_cfg.head_width is {shown(head)}", "at least 1")
     pool = v.get("pool_type", "tok")
     # Behind the mean, the norm must follow it, as ours does; of one token the order does not matter.
     if pool not in ("tok", "avg") or (pool == "avg" and not v.get("final_ln_after_pool", False)):
         raise DataError(
-            f"{where}: vision_cfg.pool_type {pool!r} with final_ln_after_pool"
+            f"{where}: vision_cfg.pool_type {shown(pool)} with final_ln_after_pool"
             f" {v.get('final_ln_after_pool', False)} is not ours",
             "the class token, or the mean before the last norm",
         )
@@ -158,7 +163,7 @@ def _vit(v: Mapping[str, Any], act: str, where: str) -> Hints:
         "vision.patch_size": _value(v, "patch_size", 16, int, where),
         "vision.width": width,
         "vision.depth": _value(v, "layers", 12, int, where),
-        "vision.heads": width // max(_value(v, "head_width", 64, int, where), 1),
+        "vision.heads": width // head,
         "vision.mlp_dim": int(width * _value(v, "mlp_ratio", 4.0, (int, float), where)),
         "vision.act": act,
         "vision.ln_eps": _eps(v, where),
@@ -176,8 +181,8 @@ def _timm(v: Mapping[str, Any], where: str) -> Hints:
         or v.get("timm_proj", "linear") != "linear"
     ):
         raise DataError(
-            f"{where}: timm_model_name {name!r} with timm_pool {v.get('timm_pool', 'avg')!r} and timm_proj"
-            f" {v.get('timm_proj', 'linear')!r} is not ours",
+            f"{where}: timm_model_name {shown(name)} with timm_pool {shown(v.get('timm_pool', 'avg'))} and timm_proj"
+            f" {shown(v.get('timm_proj', 'linear'))} is not ours",
             "timm's plain ViTs with their class token and a linear projection are read",
         )
     width, heads, depth = _TIMM_SIZES[found[1]]
@@ -196,10 +201,12 @@ def _hf_text(t: Mapping[str, Any], where: str) -> Hints:
         why = (
             "it is a dense layer and tanh behind the encoder" if pooler == "cls_pooler" else "it is not ours"
         )
-        raise DataError(f"{where}: text_cfg.hf_pooler_type {pooler!r}: {why}", f"read: {', '.join(_POOLERS)}")
+        raise DataError(
+            f"{where}: text_cfg.hf_pooler_type {shown(pooler)}: {why}", f"read: {', '.join(_POOLERS)}"
+        )
     proj = t.get("hf_proj_type", "mlp")
     if proj not in (None, "linear", "mlp"):
-        raise DataError(f"{where}: text_cfg.hf_proj_type {proj!r} is not ours", "linear, mlp or none is")
+        raise DataError(f"{where}: text_cfg.hf_proj_type {shown(proj)} is not ours", "linear, mlp or none is")
     return {
         "text.kind": "bert",
         "text.context_length": _value(t, "context_length", 77, int, where),
@@ -213,7 +220,7 @@ def _clip_text(t: Mapping[str, Any], act: str, where: str) -> Hints:
     pool, proj = t.get("pool_type", "argmax"), t.get("proj_type", "linear")
     if pool not in ("argmax", "eos") or proj != "linear":
         raise DataError(
-            f"{where}: text_cfg.pool_type {pool!r} with proj_type {proj!r} is not ours",
+            f"{where}: text_cfg.pool_type {shown(pool)} with proj_type {shown(proj)} is not ours",
             "the end token and a linear projection are",
         )
     return {

@@ -1,9 +1,9 @@
-"""The moments of PyTorch's AdamW and ours: a run of the original goes on here, and one of ours there.
+"""The moments of PyTorch's AdamW as ours: a run of the original goes on here.
 
 PyTorch numbers parameters instead of naming them: group by group, in the order of `named_parameters()`. UniMed-CLIP
 and OpenCLIP make two groups, the parameters without weight decay first. A state dict lists its keys in that same
-order (buffers aside), so a training checkpoint says itself which moment belongs to which weight; for the original's
-own modules the order is data here as well (`ORDER`), and both must agree.
+order (buffers aside) as long as nobody sorted it; a wrong order would exchange moments of one shape silently. So the
+orders of the modules that are read are data here (`ORDERS`), and a file must agree with one of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import numpy as np
 
 from unimed_jax import config
 from unimed_jax.convert.hf import read_with_metadata
+from unimed_jax.convert.mapped import shown
+from unimed_jax.convert.mapping import finite
+from unimed_jax.convert.names import plain, some
 from unimed_jax.convert.tensor_writer import write_safetensors
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
@@ -61,6 +64,47 @@ ORDER: tuple[str, ...] = (
     "text_encoder.proj.0.weight",
     "text_encoder.proj.2.weight",
 )
+_NORM_FIRST = ("ln_1", "attn", "ln_2", "mlp")  # OpenCLIP's blocks; OpenAI's have attn, ln_1, mlp, ln_2
+
+
+def _blocks(prefix: str, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parameters of a residual block, part by part."""
+    names = {
+        "attn": tuple(f"attn.{n}" for n in _ATTN),
+        "mlp": _affine("mlp.c_fc", "mlp.c_proj"),
+        "ln_1": _affine("ln_1"),
+        "ln_2": _affine("ln_2"),
+    }
+    return tuple(f"{prefix}transformer.resblocks.{{i}}.{n}" for part in parts for n in names[part])
+
+
+def _tower(parts: tuple[str, ...]) -> tuple[str, ...]:
+    ends = (_affine("visual.ln_pre"), _affine("visual.ln_post"))
+    return (*(f"visual.{n}" for n in _CLASS), *ends[0], *_blocks("visual.", parts), *ends[1])
+
+
+def _whole(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """OpenAI's CLIP, whose text tower has no prefix."""
+    top = ("positional_embedding", "text_projection", "logit_scale", "logit_bias")
+    return (
+        *(*top, *_tower(parts), *_blocks("", parts)),
+        *("token_embedding.weight", *_affine("ln_final")),
+    )
+
+
+_BERT = tuple(n for n in ORDER if n.startswith("text_encoder.transformer."))
+_HEADS = ("proj.weight", "proj.0.weight", "proj.2.weight")
+# As `ORDER`, of every implementation that is read; of a text tower's two prefixes the longer one stands for both.
+ORDERS: dict[str, tuple[str, ...]] = {
+    "UniMed-CLIP": ORDER,
+    "OpenCLIP with a BERT": (
+        *("logit_scale", "logit_bias", *_tower(_NORM_FIRST), *_BERT),
+        *_affine("text_encoder.transformer.pooler.dense"),
+        *(f"text_encoder.{n}" for n in _HEADS),
+    ),
+    "OpenCLIP": _whole(_NORM_FIRST),
+    "OpenAI's CLIP": _whole(("attn", "ln_1", "mlp", "ln_2")),
+}
 # Tensors of a state dict that are no parameters.
 _BUFFERS = r"(.*\.)?(position_ids|token_type_ids|attn_mask|input_resolution|context_length|vocab_size)"
 _UNDECAYED = ("bn", "ln", "bias", "logit_scale")  # parts of names
@@ -89,27 +133,29 @@ class Moments:
         return dict(self.first()), dict(self.second())
 
 
-def module_order(names: Iterable[str]) -> list[str]:
-    """The original's parameter names in the order of `named_parameters()`.
+def module_order(names: Iterable[str], order: Sequence[str] = ORDER) -> list[str]:
+    """Parameter names in the order of `named_parameters()` of one implementation, the original by default.
 
     Raises:
-        DataError: for a name that the original does not have.
+        DataError: for a name that it does not have.
 
     Example:
         >>> module_order(["visual.ln_post.bias", "logit_scale", "visual.proj"])
         ['logit_scale', 'visual.proj', 'visual.ln_post.bias']
     """
     place, run = {}, 0
-    for i, pattern in enumerate(ORDER):
-        if i == 0 or "{i}" not in pattern or "{i}" not in ORDER[i - 1]:
+    for i, pattern in enumerate(order):
+        if i == 0 or "{i}" not in pattern or "{i}" not in order[i - 1]:
             run = i
         place[pattern] = (run, i)
     keys: dict[str, tuple[int, int, int]] = {}
     for name in names:
-        pattern = re.sub(r"\.(resblocks|layer)\.\d+\.", r".\1.{i}.", name)
-        layer = re.search(r"\.(?:resblocks|layer)\.(\d+)\.", name)
+        pattern = re.sub(r"(^|\.)(resblocks|layer)\.[0-9]{1,4}\.", r"\1\2.{i}.", name)
+        layer = re.search(r"\.(?:resblocks|layer)\.([0-9]{1,4})\.", name)
         if pattern not in place:
-            raise DataError(f"{name} is no parameter of UniMed-CLIP", "convert the weights only")
+            raise DataError(
+                f"{plain(name)} is no parameter that its modules have", "convert the weights only"
+            )
         keys[name] = (place[pattern][0], int(layer[1]) if layer else 0, place[pattern][1])
     return sorted(keys, key=keys.__getitem__)
 
@@ -142,11 +188,7 @@ def from_torch(
         DataError: for another optimizer, other groups than the original's, or moments of other shapes.
     """
     shapes = {n: tuple(s) for n, s in shapes.items() if not re.fullmatch(_BUFFERS, n)}
-    if any(n.startswith("text_encoder.") for n in shapes) and module_order(shapes) != list(shapes):
-        raise DataError(
-            f"{where}: the state dict is not in the order of its modules, so the moments have no names",
-            "convert the weights only, or use the file that training wrote",
-        )
+    _require_known_order(list(shapes), where)
     try:
         state, groups = optimizer["state"], optimizer["param_groups"]
         names = [list(shapes)] if len(groups) == 1 else list(groups_of(shapes))
@@ -162,11 +204,31 @@ def from_torch(
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
         raise DataError(
             f"{where} holds no AdamW of {len(shapes)} parameters in the original's groups "
-            f"({type(e).__name__}: {str(e)[:80]})",
+            f"({type(e).__name__}: {shown(str(e))})",
             "convert the weights only",
         ) from e
     _refuse_others(groups, first, second, shapes, steps, where)
     return first, second, steps.pop(), settings
+
+
+def _require_known_order(names: list[str], where: str) -> None:
+    """Refuses names whose sequence is that of no implementation in `ORDERS`."""
+    spelled = [re.sub(r"^text\.", "text_encoder.", n) for n in names]
+    unknown = []
+    for order in ORDERS.values():
+        try:
+            if module_order(spelled, order) == spelled:
+                return
+        except DataError as e:
+            unknown.append(e.cause)
+    if len(unknown) < len(ORDERS):
+        why = "the state dict is not in the order of its modules"
+    else:
+        why = f"the order of its modules is not known ({unknown[0]})"
+    raise DataError(
+        f"{where}: {why}, so the moments have no names",
+        "convert the weights only, or use the file that training wrote",
+    )
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, float]:
@@ -190,7 +252,7 @@ def _refuse_others(
     wrong = [n for n in first if not (fits(first[n], shapes[n]) and fits(second[n], shapes[n]))]
     if wrong:
         raise DataError(
-            f"{where}: the moments of {wrong[0]} are no floating point numbers of the weight's shape "
+            f"{where}: the moments of {plain(wrong[0])} are no floating point numbers of the weight's shape "
             f"{list(shapes[wrong[0]])} ({len(wrong)} such)",
             "convert the weights only",
         )
@@ -199,43 +261,26 @@ def _refuse_others(
         raise DataError(f"{where}: parameters were updated {times} times", "convert the weights only")
 
 
-def to_torch(first: Arrays, second: Arrays, *, step: int, settings: Mapping[str, float]) -> dict[str, Any]:
-    """Moments under the original's names as a state dict of torch.optim.AdamW; inverse of `from_torch`.
-
-    The arrays stay numpy: turn them into tensors before `load_state_dict`.
-
-    Raises:
-        DataError: for a name that the original does not have.
-    """
-    order = groups_of({n: first[n].shape for n in module_order(first)})
-    shared = {
-        "lr": settings["lr"],
-        "betas": (settings["b1"], settings["b2"]),
-        "eps": settings["eps"],
-        **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False),
-        **dict.fromkeys(("foreach", "fused")),
-        "decoupled_weight_decay": True,
-    }
-    groups, state, n = [], {}, 0
-    for names, decay in zip(order, (0.0, settings["weight_decay"]), strict=True):
-        groups.append({**shared, "weight_decay": decay, "params": list(range(n, n + len(names)))})
-        for name in names:
-            values = {"step": np.float32(step), "exp_avg": first[name], "exp_avg_sq": second[name]}
-            state[n], n = values, n + 1
-    return {"state": state, "param_groups": groups}
-
-
 def of_source(source: Any, *, where: str = "") -> Moments:
     """The moments of an opened training checkpoint (`convert.source.Source`), as our leaves.
 
     They are laid out like the weights, so the same table moves them.
 
     Raises:
-        DataError: as `from_torch`.
+        DataError: as `from_torch`; and listing the moments that are not finite.
     """
     where = where or str(source.path)
     shapes = {name: tuple(x.shape) for name, x in source.state.items()}
     first, second, step, settings = from_torch(source.optimizer, shapes, where=where)
+    broken = []
+    for kind, part in (("exp_avg", first), ("exp_avg_sq", second)):
+        broken += [f"{kind} of {n}" for n, x in part.items() if not finite(np.asarray(x, np.float32))]
+        source.release()
+    if broken:
+        raise DataError(
+            f"{where}: {len(broken)} moments hold values that are not finite: {some(broken, 40)}",
+            "convert the weights only, or take an earlier checkpoint",
+        )
     leaves = lambda state: dataclasses.replace(source, state=state).leaves()
     return Moments(
         first=lambda: leaves(first),
@@ -259,12 +304,19 @@ def save(file: str | Path, moments: Moments, m: config.Model) -> Path:
     shapes = {p: tuple(x.shape) for p, x in clip.flatten(clip.skeleton(m)[1]).items()}
     wanted = {f"{k}/{p}": s for k in ("mu", "nu") for p, s in shapes.items()}
 
+    broken: list[str] = []
+
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         for kind, leaves in (("mu", moments.first), ("nu", moments.second)):
             for path, x in leaves():
-                if not np.isfinite(x).all():
-                    raise DataError(f"{kind}/{path} holds values that are not finite", "")
+                if not finite(x):
+                    broken.append(f"{kind}/{path}")
                 yield f"{kind}/{path}", x
+        if broken:
+            raise DataError(
+                f"{file}: {len(broken)} moments are not finite: {some(broken, 40)}",
+                "take an earlier checkpoint, or the weights only",
+            )
 
     about = {"step": moments.step, "settings": moments.settings}
     meta = {"format": FORMAT, "version": "1", **{k: json.dumps(v, sort_keys=True) for k, v in about.items()}}

@@ -14,6 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from unimed_jax import config
+from unimed_jax.convert import torch_pretrained
+from unimed_jax.convert.mapped import shown
+from unimed_jax.convert.names import some
 from unimed_jax.convert.source import Source
 from unimed_jax.data.images import NORMALIZE
 from unimed_jax.errors import DataError, UsageError
@@ -78,11 +81,14 @@ def _strict(module: Any, state: Mapping[str, Any], source: Source) -> Any:
     try:
         missing, unexpected = module.load_state_dict(dict(state), strict=False)
     except RuntimeError as e:
-        raise DataError(f"{source.path}: {' '.join(str(e).split())[:300]}") from e
+        raise DataError(
+            f"{source.path}: {shown(' '.join(str(e).split()))}", "convert without --verify"
+        ) from e
     missing = [k for k in missing if not k.endswith(("position_ids", "token_type_ids"))]
     if missing or unexpected:
         raise DataError(
-            f"{source.path}: PyTorch's modules lack {missing[:4]} and do not know {unexpected[:4]}"
+            f"{source.path}: PyTorch's modules lack {some(missing) or 'nothing'} and do not know "
+            f"{some(unexpected) or 'nothing'}"
         )
     return module.eval()
 
@@ -279,19 +285,6 @@ def _bert_config(t: config.Text) -> Any:
     )
 
 
-def _pooled(bert: Any, t: config.Text) -> Callable[[Any], Any]:
-    """A BertModel's output at [CLS], or the mean over real tokens."""
-
-    def encode(ids):
-        mask = (ids != t.pad_id).long()
-        x = bert(input_ids=ids, attention_mask=mask).last_hidden_state
-        if t.pool == "cls":
-            return x[:, 0]
-        return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-
-    return encode
-
-
 def _bert_with_head(state: Mapping[str, Any], t: config.Text, embed_dim: int, source: Source) -> Any:
     """OpenCLIP's text tower out of Hugging Face's BERT: `transformer.*` and `proj`."""
     from torch import nn
@@ -313,7 +306,7 @@ def _bert_with_head(state: Mapping[str, Any], t: config.Text, embed_dim: int, so
             }[t.proj]()
 
     text = _strict(Text(), state, source)
-    encode = _pooled(text.transformer, t)
+    encode = torch_pretrained.pooled(text.transformer, t)
     return lambda ids: text.proj(encode(ids))
 
 
@@ -340,57 +333,12 @@ def _open_clip(state: dict[str, Any], source: Source) -> tuple[Any, Any]:
     return image, text
 
 
-def _pretrained(cls: Any, source: Source, **settings: Any) -> Any:
-    """A transformers model from the source's own folder and config.json, which must fill it completely."""
-    folder = source.path if source.path.is_dir() else source.path.parent
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"{folder} has no config.json, so transformers cannot open it", "convert without --verify"
-        )
-    settings |= {"local_files_only": True, "output_loading_info": True, "attn_implementation": "eager"}
-    try:
-        model, info = cls.from_pretrained(str(folder), **settings)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise DataError(f"transformers cannot open {folder}: {' '.join(str(e).split())[:300]}") from e
-    if info["missing_keys"] or info.get("mismatched_keys"):
-        raise DataError(
-            f"{folder} does not fill {cls.__name__}: {sorted(info['missing_keys'])[:4]} are missing"
-        )
-    return model.float().eval()
-
-
-def _hf_clip(state: dict[str, Any], source: Source) -> tuple[Any, Any]:
-    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
-
-    image = text = None
-    if "vision" in source.towers:
-        vision = _pretrained(CLIPVisionModelWithProjection, source)
-        image = lambda pixels: vision(pixel_values=pixels).image_embeds
-    if "text" in source.towers:
-        tower = _pretrained(CLIPTextModelWithProjection, source)
-        text = lambda ids: tower(input_ids=ids).text_embeds
-    return image, text
-
-
-def _hf_bert(state: dict[str, Any], source: Source) -> tuple[Any, Any]:
-    from transformers import BertModel
-
-    return None, _pooled(_pretrained(BertModel, source, add_pooling_layer=False), source.model.text)
-
-
-def _hf_dinov2(state: dict[str, Any], source: Source) -> tuple[Any, Any]:
-    from transformers import Dinov2Model
-
-    model = _pretrained(Dinov2Model, source)
-    return lambda pixels: model(pixel_values=pixels).last_hidden_state[:, 0], None
-
-
 _BUILDERS: dict[str, Callable[[dict[str, Any], Source], tuple[Any, Any]]] = {
     "unimed": _open_clip,
     "openclip": _open_clip,
     "openai": _open_clip,
-    "hf-clip": _hf_clip,
-    "hf-vision": _hf_clip,
-    "hf-bert": _hf_bert,
-    "hf-dinov2": _hf_dinov2,
+    "hf-clip": torch_pretrained.clip,
+    "hf-vision": torch_pretrained.clip,
+    "hf-bert": torch_pretrained.bert,
+    "hf-dinov2": torch_pretrained.dinov2,
 }

@@ -247,6 +247,22 @@ def test_what_is_not_there(served, tmp_path, monkeypatch):
         hub.fetch(NAME, tmp_path / "n", trust_first=True, endpoint=served.url)
 
 
+def test_a_refusal_is_one_line(tmp_path):
+    """Nothing listens there; the library's own words about its retries are not ours."""
+    code = (
+        "import huggingface_hub.utils._http as h, sys; h.time.sleep = lambda s: None; "
+        "from unimed_jax.cli import main; sys.exit(main.main(sys.argv[1:]))"
+    )
+    command = ["models", "fetch", NAME, "--out", str(tmp_path / "m"), "--trust-first-download"]
+    env = environment() | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 3, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "cannot be fetched" in done.stderr
+
+
 def test_a_part_becomes_a_tower_file(served, small, tmp_path, monkeypatch):
     """BERT alone, for init.text."""
     m, params = small

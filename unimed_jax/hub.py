@@ -6,9 +6,12 @@ hub gives today and records revision and digest in the folder, so that a second 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,10 +119,11 @@ def _download(file: File, folder: Path, endpoint: str | None) -> tuple[Path, Fil
     from huggingface_hub import errors as hub_errors
 
     try:
-        revision = file.revision or str(HfApi(endpoint=endpoint).model_info(file.repo).sha)
-        path = Path(
-            hf_hub_download(file.repo, file.name, revision=revision, local_dir=folder, endpoint=endpoint)
-        )
+        with _silent():
+            revision = file.revision or str(HfApi(endpoint=endpoint).model_info(file.repo).sha)
+            path = Path(
+                hf_hub_download(file.repo, file.name, revision=revision, local_dir=folder, endpoint=endpoint)
+            )
     except hub_errors.OfflineModeIsEnabled as e:
         raise DataError(
             "HF_HUB_OFFLINE is set: nothing is fetched", "unset it for this one command, or copy the folder"
@@ -141,6 +145,22 @@ def _download(file: File, folder: Path, endpoint: str | None) -> tuple[Path, Fil
             "the file was changed on the way or at its origin: do not use it",
         )
     return path, dataclasses.replace(file, revision=revision, sha256=found)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The hub's library tells every retry twice; a refusal is one line here. Progress bars stay."""
+    known = ("huggingface_hub", *logging.root.manager.loggerDict)
+    loggers = [logging.getLogger(n) for n in known if n.split(".")[0] == "huggingface_hub"]
+    before = [x.disabled for x in loggers]
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            for x in loggers:
+                x.disabled = True
+            yield
+        finally:
+            for x, was in zip(loggers, before, strict=True):
+                x.disabled = was
 
 
 def _make_model(

@@ -373,6 +373,39 @@ def test_a_deep_config_is_refused_in_one_line(native, tmp_path):
     assert "\n" not in refusal.value.line()
 
 
+def test_the_limit_does_not_grow_with_the_embeddings():
+    d = verify.Difference(tower="vision", value=2e-4, scale=1000.0, n=4)
+    assert not d.ok
+    assert dataclasses.replace(d, value=9e-5).ok
+    assert not dataclasses.replace(d, value=float("nan")).ok
+
+
+def test_towers_that_say_another_embedding_width_than_the_whole(clip_like, tmp_path):
+    """As transformers writes a CLIPModel whose tower configs keep their default of 512."""
+    convert(Request(src=clip_like, dst=tmp_path / "hf", to="hf-clip"))
+    spec = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert spec["projection_dim"] != 512
+    for tower in ("vision_config", "text_config"):
+        spec[tower]["projection_dim"] = 512
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(spec))
+    done = convert(Request(src=tmp_path / "hf", dst=tmp_path / "back", verify=True))
+    assert set(done.verified) == {"vision", "text"}
+    assert max(done.verified.values()) < 1e-5
+
+
+def test_the_very_file_is_compared(clip_like, tmp_path):
+    """Beside it lies another, which transformers would take."""
+    folder = tmp_path / "hf"
+    convert(Request(src=clip_like, dst=folder, to="hf-clip"))
+    state = {
+        k: torch.from_numpy(np.array(v)) for k, v in open_safetensors(folder / "model.safetensors").items()
+    }
+    torch.save({k: v * 0.5 if v.ndim > 1 else v for k, v in state.items()}, folder / "pytorch_model.bin")
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        done = convert(Request(src=folder / name, dst=tmp_path / name / "out", verify=True))
+        assert max(done.verified.values()) < 1e-5, name
+
+
 def test_faults_of_a_file_are_all_listed_and_nothing_is_written(native, tmp_path):
     state = dict(outputs.tensors("unimed", *reversed(model_folder.read(native)[:2])))
     state = {k: torch.from_numpy(np.array(v)) for k, v in state.items()}

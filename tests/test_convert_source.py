@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from unimed_jax import config
 from unimed_jax.convert import (
     architecture,
+    card,
     dinov2_onnx,
     hf_configs,
     mapping,
@@ -366,6 +367,38 @@ def test_values_that_are_not_finite_are_all_listed_when_the_leaves_are_made(tmp_
         assert key in str(e.value)
 
 
+def test_names_from_a_file_are_escaped_and_bounded(tmp_path):
+    """ESC and BEL reach no terminal, and a file cannot fill it."""
+    strangers = ["visual.\x1b]0;owned\x07", *(f"visual.{i}_{'x' * 50_000}" for i in range(200))]
+    s = faulty(lambda s: s.update({k: np.zeros(1, np.float32) for k in strangers}))
+    save_file(s, tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match="201 unexpected") as e:
+        open_source(tmp_path / "a.safetensors", model="tiny")
+    assert r"visual.\x1b]0;owned\x07" in str(e.value)
+    assert str(e.value).isprintable()
+    assert len(str(e.value)) < 10_000
+
+
+@pytest.mark.parametrize("name", ["org/bert\n\n# Approved for diagnosis", "x" * 5000, 3])
+def test_facts_of_a_config_are_short_lines(tmp_path, name):
+    m = random_model(np.random.default_rng(1), "openclip-bert")
+    folder = write_folder(tmp_path, m, "openclip-bert", state(m, "openclip-bert", params(m)))
+    spec = json.loads((folder / "open_clip_config.json").read_text())
+    spec["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = name
+    (folder / "open_clip_config.json").write_text(json.dumps(spec))
+    assert "hf_tokenizer_name" not in open_source(folder).facts
+
+
+def test_words_of_a_card_bring_no_markup():
+    origin = card.Origin(file="w|x`y.pt", note=("a\n\n# Approved", "\\<script>", "z" * 5000))
+    lines = card.card(config.Model(name="a`b"), "native", origin=origin).splitlines()
+    assert lines[0] == r"# a\`b"
+    assert r"| file | w\|x\`y.pt |" in lines
+    assert "| note | a # Approved |" in lines
+    assert r"| note | \\\<script> |" in lines
+    assert max(map(len, lines)) < 700
+
+
 def test_a_file_of_another_model_names_the_one_that_fits(tmp_path):
     """ViT-L into B: sizes disagree everywhere, the remedy is one name."""
     large = zoo.get("unimed-clip-vit-l14-336")
@@ -430,6 +463,15 @@ def test_a_folder_with_several_configs_and_a_preference(tmp_path):
         ("openclip-bert", "open_clip_config.json", "model_cfg.vision_cfg.layers", [3, 4, 6, 3], "ResNet"),
         ("openclip-bert", "open_clip_config.json", "model_cfg.vision_cfg.width", 999, r"vision\.width is"),
         ("openclip-bert", "open_clip_config.json", "model_cfg.multimodal_cfg", {}, "multimodal_cfg"),
+        ("openclip-bert", "open_clip_config.json", "model_cfg.vision_cfg.head_width", 0, "head_width is 0"),
+        (
+            "openclip-bert",
+            "open_clip_config.json",
+            "model_cfg.vision_cfg.head_width",
+            -64,
+            "head_width is -64",
+        ),
+        ("openclip-bert", "open_clip_config.json", "model_cfg.\x1b[2J", 1, r"model_cfg\.\\x1b\[2J"),
         ("openclip-bert", "open_clip_config.json", "preprocess_cfg.resize_mode", "squash", "squash"),
         ("openclip-bert", "open_clip_config.json", "preprocess_cfg.interpolation", "bilinear", "bilinear"),
         ("openclip-bert", "open_clip_config.json", "preprocess_cfg.mean", [0.1, 0.2, 0.3], "none of ours"),

@@ -101,5 +101,5 @@ def text_from_bert_safetensors(path: str | Path) -> clip.Params:
         DataError: when the file, its config or their agreement is wrong.
     """
     text = bert_config(Path(path).parent / "config.json")
-    m = config.Model(name=f"BERT of {path}", embed_dim=text.width, text=text)
+    m = config.Model(name="BERT", embed_dim=text.width, text=text)
     return {"text": tables.to_params(read_safetensors(path), tables.HF_BERT, m, where=str(path))}

@@ -216,3 +216,50 @@ def test_a_model_folder_without_tokenizer_may_start_a_run(model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"format": "unimed_jax.model", "tokenizer": None}))
     cfg = config.Train(model=model, init=config.Init(model=str(tmp_path)))
     native.refuse_other_tokenizer(cfg, "a" * 64)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "open_clip_pytorch_model.bin", "text.safetensors"])
+def test_a_weight_file_belongs_to_the_words_beside_it(model, tmp_path, name):
+    words = small_model.tokenizer(tmp_path / "run")
+    (tmp_path / "bert").mkdir()
+    lines = [w for w, _ in sorted(words.vocabulary().items(), key=lambda item: item[1])]
+    lines[40], lines[41] = lines[41], lines[40]
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(lines) + "\n")
+    for part in ("text", "model"):
+        cfg = config.Train(
+            model=model, init=config.from_dict(config.Init, {part: str(tmp_path / "bert" / name)})
+        )
+        with pytest.raises(DataError, match=r"2 words differ.*data.tokenizer="):
+            native.refuse_other_words(cfg, words)
+    cfg = config.Train(model=model, init=config.Init(text=str(tmp_path / "bert" / "epoch_5.pt")))
+    native.refuse_other_words(cfg, words)  # lies there by chance
+
+
+@pytest.mark.parametrize("form", ["bare", "training"])
+def test_a_file_of_torch_before_its_zip_format(model, bert, tmp_path, form):
+    folder, text = bert
+    state = torch.load(folder / "pytorch_model.bin")
+    body = state if form == "bare" else {"epoch": 1, "state_dict": state, "scaler": {}}
+    torch.save(body, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    lines: list[str] = []
+    out = start(model, lines, text=tmp_path / "old.bin")
+    same(
+        {k: v for k, v in out["text"].items() if k != "proj"}, {k: v for k, v in text.items() if k != "proj"}
+    )
+    assert (f"{tmp_path / 'old.bin'}: scaler: left out (no tensors of the model)" in lines) == (
+        form == "training"
+    )
+
+
+@pytest.mark.parametrize("name", ["openai-b16", "biomedbert-base"])
+def test_a_name_says_how_to_fetch_it_and_works_once_it_is_there(model, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("UNIMED_JAX_MODELS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"unimed-jax models fetch {name} --out {tmp_path / name}"):
+        start(model, text=name)
+    params, file = small_model.params(model, 9), "model" if name == "openai-b16" else "text"
+    leaves = {"text": params["text"]} if file == "text" else params
+    native.save_tower(leaves, tmp_path / name / f"{file}.safetensors")
+    (tmp_path / name / "config.json").write_text("{}")
+    monkeypatch.chdir("/")
+    same(start(model, text=name)["text"], params["text"])

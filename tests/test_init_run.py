@@ -130,3 +130,37 @@ def test_the_plan_says_what_a_run_starts_from(data, folder):
     assert f"leaves, 82,688 parameters: loaded from {folder}" in text
     assert "parameters: initialised" in text
     assert "left out (not asked for)" in text
+
+
+def test_a_run_or_one_of_its_states_is_a_beginning(data, whole, tmp_path):
+    """RUN gives its final model, RUN@STEP a saved state; neither gives moments."""
+    abstract = clip.skeleton(make(data).model)[1]
+    fresh = clip.init(make(data).model, jax.random.key(1))
+
+    def begin(path: str, **more: str):
+        return clip.flatten(native.init_from(make(data, **{"init.model": path} | more), fresh))
+
+    for path, step in ((f"{whole}@3", 3), (f"{whole}@6", 6), (str(whole), 6)):
+        wanted = clip.flatten(checkpoint.load_params(whole, step=step)[0])
+        got = begin(path)
+        assert got.keys() == wanted.keys() == clip.flatten(abstract).keys()
+        for k, v in wanted.items():
+            np.testing.assert_array_equal(got[k], v, err_msg=k)
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    (unfinished / "checkpoints").symlink_to(whole / "checkpoints")
+    np.testing.assert_array_equal(begin(str(unfinished))["text/word"], begin(str(whole))["text/word"])
+    with pytest.raises(DataError, match="no checkpoint of step 4"):
+        begin(f"{whole}@4")
+    cfg = make(data, **{"init.model": f"{whole}@3", "init.optimizer": "True"})
+    with pytest.raises(DataError, match="is a run: its moments stay with it"):
+        native.init_moments(cfg)
+    for path in (f"{whole}@3", str(whole)):
+        for part in ("model", "text"):
+            cfg = make(data, **{f"init.{part}": path})
+            native.refuse_other_tokenizer(cfg, assemble.load_tokenizer(data / "tokenizer.json").digest)
+            with pytest.raises(DataError, match="was trained with another tokenizer"):
+                native.refuse_other_tokenizer(cfg, "0" * 64)
+    native.refuse_other_tokenizer(
+        make(data, **{"init.model": f"{whole}@4"}), "0" * 64
+    )  # gone: for a resumed run

@@ -213,7 +213,10 @@ class Checkpoint:
 
 @dataclass(kw_only=True, slots=True)
 class Init:
-    """Where the parameters start from; empty = at random. Anything that `unimed-jax convert` reads will do."""
+    """Where the parameters start from; empty = at random. Anything that `unimed-jax convert` reads will do.
+
+    Files and folders of any library, model folders, RUN or RUN@STEP, and names of models that were fetched.
+    """
 
     vision: str = ""  # file or folder that the vision tower comes from
     text: str = ""

@@ -6,6 +6,7 @@ other framework's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,10 +23,13 @@ from unimed_jax import config
 from unimed_jax.convert import architecture, mapping, optimizer, positions, source, tensor_file
 from unimed_jax.convert.hf import read_json, read_with_metadata
 from unimed_jax.data.text import Tokenizer
-from unimed_jax.errors import DataError
-from unimed_jax.models import clip
+from unimed_jax.errors import DataError, UnimedError
+from unimed_jax.models import clip, zoo
 
 FORMAT = "unimed_jax.tower"
+# Weight files that belong to the tokenizer in their folder; a file by another name may lie there by chance.
+_FOLDER_FILES = re.compile(r".*\.safetensors|(open_clip_)?pytorch_model(-\d+-of-\d+)?\.bin|.*\.index\.json")
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
 # Settings that shapes do not show, but that change what the weights compute.
 _SEMANTIC = {
     "vision": ("patch_size", "heads", "act", "ln_pre", "ln_eps", "normalize"),
@@ -82,9 +86,9 @@ def init_from(
     """Overlays the weights that `cfg.init` names on initialised parameters; each leaf keeps its sharding.
 
     `cfg.init.model` comes first, then the towers, so that a tower may replace that of a whole model, then the
-    temperature. Each may be a native folder or file, or anything that `source.open_source` reads. Only heads
-    (`*/proj/*`, `logit_scale`, `logit_bias`) may be absent; vision positions of another grid are resized by the rule
-    `cfg.init.resize`, text positions never.
+    temperature. Each may be a native folder or file, a run (`RUN`, `RUN@STEP`), the name of a model that was fetched,
+    or anything that `source.open_source` reads. Only heads (`*/proj/*`, `logit_scale`, `logit_bias`) may be absent;
+    vision positions of another grid are resized by the rule `cfg.init.resize`, text positions never.
 
     Args:
         cfg: the experiment.
@@ -94,7 +98,8 @@ def init_from(
             file does not say.
 
     Raises:
-        UsageError: when a file does not say what its weights compute, and the config's model cannot be it.
+        UsageError: when a file does not say what its weights compute, and the config's model cannot be it; for a
+            named model that was not fetched.
         DataError: when a file lacks a leaf, has one too many, one of another shape or a value that is not finite,
             or was made for another architecture.
     """
@@ -125,6 +130,31 @@ def _wanted(i: config.Init) -> list[tuple[str, tuple[str, ...]]]:
     return [(file, parts) for file, parts in wanted if file]
 
 
+def _find(file: str) -> tuple[Path, Path | None]:
+    """Where weights lie: their file or folder; and of a run without final model, its saved state.
+
+    A run gives its `model` folder, else its newest state, as everywhere; `RUN@STEP` gives one state.
+    """
+    from unimed_jax.train import checkpoint  # orbax is slow to import
+
+    path = zoo.local(file) or Path(file)
+    run, _, step = file.rpartition("@")
+    if run and step.isdigit() and not path.exists():
+        return Path(run), checkpoint.find_step(run, int(step))
+    if not path.exists() and file in (zoo.MODELS.keys() | zoo.PARTS.keys()):
+        towers = sorted(
+            (zoo.models_dir() / file).glob("*.safetensors")
+        )  # of a part, which is no model folder
+        if len(towers) != 1:
+            raise zoo.absent(file)
+        return towers[0], None
+    if not path.is_dir() or (path / "model.safetensors").is_file():
+        return path, None
+    if (path / "model" / "model.safetensors").is_file():
+        return path / "model", None
+    return path, checkpoint.find_step(path) if (path / "checkpoints").is_dir() else None
+
+
 @dataclass(slots=True, kw_only=True)
 class _Part:
     """What one file gives: flat leaves, how they were changed, and what stays in the file."""
@@ -136,7 +166,11 @@ class _Part:
 
 
 def _open_part(file: str, parts: tuple[str, ...], cfg: config.Train) -> _Part:
-    part = _native_part(file, parts, cfg.model) or _foreign_part(file, parts, cfg.model)
+    path, state = _find(file)
+    if state is not None:
+        part = _run_part(file, state, parts, cfg.model)
+    else:
+        part = _native_part(file, path, parts, cfg.model) or _foreign_part(file, path, parts, cfg.model)
     held = {k.split("/")[0] for k in part.leaves}
     for tower in ("vision", "text"):
         if tower in parts and tower not in held:
@@ -148,11 +182,20 @@ def _open_part(file: str, parts: tuple[str, ...], cfg: config.Train) -> _Part:
     return part
 
 
-def _native_part(file: str, parts: tuple[str, ...], m: config.Model) -> _Part | None:
+def _run_part(file: str, state: Path, parts: tuple[str, ...], m: config.Model) -> _Part:
+    """The saved state of a run, its averaged parameters where it kept them."""
+    from unimed_jax.train import checkpoint
+
+    params, meta = checkpoint.load_params(state)
+    for tower in parts:
+        _refuse_other_meaning(file, tower, meta["config"]["model"].get(tower, {}), m, extra=("pool",))
+    return _chosen(clip.flatten(params), parts)
+
+
+def _native_part(file: str, path: Path, parts: tuple[str, ...], m: config.Model) -> _Part | None:
     """A tower file or a model folder of ours; None for anything else."""
-    path = Path(file)
     weights = path / "model.safetensors" if path.is_dir() else path
-    if not weights.is_file() or _is_zip(weights) or path.suffix == ".json":
+    if not weights.is_file() or not source.is_safetensors(weights):
         return None
     settings = folder_settings(path) if path.is_dir() else {}
     if settings.get("format", "unimed_jax.model") != "unimed_jax.model" or "model_type" in settings:
@@ -177,21 +220,17 @@ def _chosen(leaves: Mapping[str, np.ndarray], parts: tuple[str, ...]) -> _Part:
     return _Part(leaves=kept, left=dict.fromkeys(sorted(rest), "not asked for"))
 
 
-def _is_zip(file: Path) -> bool:
-    """Whether a file is one of PyTorch's archives."""
-    with file.open("rb") as f:
-        return f.read(2) == b"PK"
-
-
-def _foreign_part(file: str, parts: tuple[str, ...], m: config.Model) -> _Part:
+def _foreign_part(file: str, path: Path, parts: tuple[str, ...], m: config.Model) -> _Part:
     """Another framework's file; what it does not say of itself is taken from the config's model, and reported."""
-    opened = source.open_source(file, fallback=m)
+    opened = source.open_source(path, fallback=m)
     for tower in set(parts) & set(opened.towers):
         _refuse_other_meaning(file, tower, config.to_dict(getattr(opened.model, tower)), m)
     wanted = replace(opened, tables={t: table for t, table in opened.tables.items() if t in parts})
     left: dict[str, str] = dict.fromkeys([t for t in opened.towers if t not in parts], "not asked for")
     for why in dict.fromkeys(opened.ignored.values()):
         left[mapping.some([k for k, reason in opened.ignored.items() if reason == why])] = why
+    if others := opened.facts.get("left_out"):
+        left[mapping.some(others)] = "no tensors of the model"
     leaves = dict(wanted.leaves())
     for name in architecture.SCALARS:
         if name in leaves and name not in parts:
@@ -240,7 +279,12 @@ def init_moments(cfg: config.Train, *, report: Callable[[str], None] | None = No
     Raises:
         DataError: when there are none, or they are damaged or another model's.
     """
-    file = Path(cfg.init.model)
+    file, state = _find(cfg.init.model)
+    if state is not None:
+        raise DataError(
+            f"{cfg.init.model} is a run: its moments stay with it",
+            "go on in its own --workdir, or init.optimizer=False",
+        )
     if (file / optimizer.FILE).is_file():
         found = optimizer.load(file / optimizer.FILE)
     else:
@@ -310,19 +354,34 @@ def refuse_other_tokenizer(cfg: config.Train, digest: str) -> None:
     """Refuses to start from a model whose words have other numbers than those of the run's tokenizer.
 
     Args:
-        cfg: the experiment; `init.model` is looked at.
+        cfg: the experiment; `init.model` and `init.text` are looked at.
         digest: of the run's tokenizer.
 
     Raises:
-        DataError: when the model folder names another tokenizer.
+        DataError: when the model folder or run names another tokenizer.
     """
-    settings = folder_settings(cfg.init.model) if cfg.init.model else {}
-    theirs = (settings.get("tokenizer") or {}).get("digest", "")
-    if theirs not in ("", digest):
-        raise DataError(
-            f"{cfg.init.model} was trained with another tokenizer (sha256 {theirs[:12]}, now {digest[:12]})",
-            f"--config.data.tokenizer={cfg.init.model}, and records exported with it",
-        )
+    from unimed_jax.train import checkpoint
+
+    for file, path, state in _text_sources(cfg):
+        if state is not None:
+            theirs, give = str(checkpoint.read_meta(state).get("tokenizer", "")), "TOKENIZER OF THAT RUN"
+        else:
+            theirs, give = str((folder_settings(path).get("tokenizer") or {}).get("digest", "")), str(path)
+        if theirs not in ("", digest):
+            raise DataError(
+                f"{file} was trained with another tokenizer (sha256 {theirs[:12]}, now {digest[:12]})",
+                f"--config.data.tokenizer={give}, and records exported with it",
+            )
+
+
+def _text_sources(cfg: config.Train) -> list[tuple[str, Path, Path | None]]:
+    """Where the text tower comes from: (as given, file or folder, saved state)."""
+    found = []
+    for file in filter(None, (cfg.init.model, cfg.init.text)):
+        # A run that is continued needs its first weights no more; a start that does is refused when it reads them.
+        with contextlib.suppress(UnimedError):
+            found.append((file, *_find(file)))
+    return found
 
 
 def refuse_other_words(cfg: config.Train, tokenizer: Tokenizer) -> None:
@@ -333,10 +392,9 @@ def refuse_other_words(cfg: config.Train, tokenizer: Tokenizer) -> None:
     Raises:
         DataError: with a word whose number differs.
     """
-    for file in filter(None, (cfg.init.model, cfg.init.text)):
-        path = Path(file)
-        folder = path.parent if path.suffix == ".safetensors" else path
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+    for file, path, state in _text_sources(cfg):
+        folder = path.parent if _FOLDER_FILES.fullmatch(path.name) else path
+        if state is not None or not any((folder / name).is_file() for name in _TOKENIZERS):
             continue
         theirs, ours = Tokenizer(folder).vocabulary(), tokenizer.vocabulary()
         other = sorted(w for w in theirs.keys() | ours.keys() if theirs.get(w) != ours.get(w))

@@ -189,7 +189,7 @@ def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any]
     optimizer = None
     if file.name.endswith(".index.json"):
         mapped = open_sharded(file)
-    elif _is_safetensors(file):
+    elif is_safetensors(file):
         mapped = open_safetensors(file)
         _tower_meta(found, mapped.metadata)
     else:
@@ -208,7 +208,8 @@ def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any]
     return state, optimizer, mapped.release
 
 
-def _is_safetensors(file: Path) -> bool:
+def is_safetensors(file: Path) -> bool:
+    """Whether a file is, or by its name should be, a safetensors file; else it is PyTorch's."""
     if file.suffix == ".safetensors":
         return True
     with file.open("rb") as f:

@@ -6,10 +6,11 @@ Rules, in this order:
 3. Computed radiographs are for training only.
 4. Test has every modality and only single people (or slides); where a package offers two alike cases, one of
    them is for tuning (val), so that nothing has to be tuned on the test subjects.
-5. Holdout is of people, eyes and slides from packages that were added when recipe, prompts and preprocessing were
-   final, and from one file of pydicom-data that no other part uses. The list was fixed by provenance and by looking at the pictures, before any score on it: recognisable, of
-   certain modality, acquired (not computed), of one person, and not known to show anyone of the other parts. It never
-   trains and chooses nothing.
+5. Holdout is of people, eyes and slides from packages that were added when recipe, prompts and preprocessing
+   were final, and from one file of pydicom-data that no other part uses. The list was fixed by provenance and
+   by looking at the pictures, before any score on it: recognisable, of certain modality, acquired (not
+   computed), of one person, and not known to show anyone of the other parts. It never trains and chooses
+   nothing.
 
 Train, val and test were fixed before any model was trained. Test was scored more than once (docs/minimed.md), the
 holdout once.

@@ -49,10 +49,9 @@ def run(
             "a worker process died (killed, or out of memory)", "run it again, with fewer --workers"
         ) from e
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        parent_end.close()  # the workers see it and exit
+        parent_end.close()  # the workers see it and exit, in the middle of a job, too
         alive.close()
-        pool.shutdown(wait=True)
+        pool.shutdown(wait=True, cancel_futures=True)  # the first call is the only one that waits
 
 
 def _start(alive: Any, shared: tuple[Any, ...]) -> None:

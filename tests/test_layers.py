@@ -31,6 +31,7 @@ ROWS = [
 NO_DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "tensorflow"}
 DEVICE_FREE = (
     *("data", "config", "config_rules", "errors", "evaluate.metrics", "evaluate.tasks"),
+    *("evaluate.multilabel", "evaluate.multilabel_metrics"),
     *("evaluate.suites", "evaluate.layouts", "evaluate.suite_prompts", "evaluate.suite_results"),
 )
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 SLAB = 4_000_000  # weights held at once (32 MB in float64)
 BINS = 15  # of the calibration error, of equal width
+Ranking = tuple[np.ndarray, np.ndarray, np.ndarray]  # order, starts of equal scores, positive
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Prepared:
     classes: int
     labels: Int[np.ndarray, "n"]
     predicted: Int[np.ndarray, "n"]
-    rankings: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # of each one-vs-rest problem
+    rankings: list[Ranking]  # of each one-vs-rest problem
     gaps: Float[np.ndarray, "n k"] | None  # confidence - hit, in the column of the record's bin
     brier: Float[np.ndarray, "n"] | None  # squared distance of the probabilities to the truth
 
@@ -41,9 +42,8 @@ def prepare(
     if probabilities is not None:
         rows = np.arange(n)
         confidence = probabilities[rows, predicted]
-        place = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)  # (k/15, (k+1)/15]
         gaps = np.zeros((n, BINS))
-        gaps[rows, place] = confidence - (predicted == labels)
+        gaps[rows, bins(confidence)] = confidence - (predicted == labels)
         truth = np.zeros((n, c))
         truth[rows, labels] = 1
         brier = ((probabilities - truth) ** 2).sum(1)
@@ -55,16 +55,27 @@ def binary_score(scores: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n"]:
     return scores[:, 1] - scores[:, 0]
 
 
-def _rankings(scores: np.ndarray, labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each one-vs-rest problem: the order by score, where each run of equal scores starts, who is positive."""
+def bins(confidence: Float[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """Number of the bin that each confidence falls into, of `BINS` of equal width, closed above.
+
+    Example:
+        >>> bins(np.array([0.0, 1 / 15, 0.5, 1.0])).tolist()
+        [0, 0, 7, 14]
+    """
+    return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+
+
+def ranking(scores: Float[np.ndarray, "n"], positive: Any) -> Ranking:
+    """The order by score, where each run of equal scores starts, and who is positive in this order."""
+    order = np.argsort(scores, kind="stable")
+    return order, np.flatnonzero(np.diff(scores[order], prepend=-np.inf)), positive[order]
+
+
+def _rankings(scores: np.ndarray, labels: np.ndarray) -> list[Ranking]:
+    """The ranking of each one-vs-rest problem; of two classes there is one."""
     c = scores.shape[1]
     columns = [binary_score(scores)] if c == 2 else list(scores.T)
-    out = []
-    for k, s in enumerate(columns):
-        order = np.argsort(s, kind="stable")
-        starts = np.flatnonzero(np.diff(s[order], prepend=-np.inf))
-        out.append((order, starts, (labels == (1 if c == 2 else k))[order]))
-    return out
+    return [ranking(s, labels == (1 if c == 2 else k)) for k, s in enumerate(columns)]
 
 
 def codes(groups: Sequence[Any]) -> Int[np.ndarray, "n"]:
@@ -127,8 +138,8 @@ def weighted(p: Prepared, w: Float[np.ndarray, "r n"]) -> dict[str, Float[np.nda
     counts, total = table(p, w), w.sum(1)
     several = (counts.sum(2) > 0).sum(1) > 1
     only = lambda x: np.where(several, x, np.nan)
-    ranked = np.stack([_ranked(w, *r) for r in p.rankings], 2)  # [2, resamples, problems]
-    out = {k: only(_mean_defined(x)) for k, x in zip(("auroc", "average_precision"), ranked, strict=True)}
+    areas = np.stack([ranked(w, *r) for r in p.rankings], 2)  # [2, resamples, problems]
+    out = {k: only(mean_defined(x)) for k, x in zip(("auroc", "average_precision"), areas, strict=True)}
     return _of_table(counts, several) | out | _calibration(p, w, total)
 
 
@@ -136,24 +147,24 @@ def _of_table(counts: np.ndarray, several: np.ndarray) -> dict[str, np.ndarray]:
     """What a confusion matrix alone tells."""
     hits, support, said = np.einsum("rkk->rk", counts), counts.sum(2), counts.sum(1)
     total = support.sum(1)
-    recall = _share(hits, support)
-    accuracy = _share(hits.sum(1), total)
-    by_luck = _share((support * said).sum(1), total**2)
+    recall = share(hits, support)
+    accuracy = share(hits.sum(1), total)
+    by_luck = share((support * said).sum(1), total**2)
     scores = {
-        "precision": _share(hits, said),
+        "precision": share(hits, said),
         "recall": recall,
-        "f1": _share(2 * hits, support + said),
+        "f1": share(2 * hits, support + said),
     }
     if counts.shape[1] == 2:
         scores = {k: v[:, 1] for k, v in scores.items()}
     else:  # 0/0 of a class that occurs or is predicted counts 0, as in scikit-learn
         seen = support + said > 0
         zero = {k: np.where(seen, np.nan_to_num(v), np.nan) for k, v in scores.items()}
-        scores = {k: np.where(several, _mean_defined(v), np.nan) for k, v in zero.items()}
+        scores = {k: np.where(several, mean_defined(v), np.nan) for k, v in zero.items()}
     return {
         "accuracy": accuracy,
-        "balanced_accuracy": np.where(several, _mean_defined(recall), np.nan),
-        "kappa": np.where(several, _share(accuracy - by_luck, 1 - by_luck), np.nan),
+        "balanced_accuracy": np.where(several, mean_defined(recall), np.nan),
+        "kappa": np.where(several, share(accuracy - by_luck, 1 - by_luck), np.nan),
         **scores,
         **{f"recall/{k}": recall[:, k] for k in range(counts.shape[1])},
     }
@@ -163,10 +174,10 @@ def _calibration(p: Prepared, w: np.ndarray, total: np.ndarray) -> dict[str, np.
     none = np.full(len(w), np.nan)
     if p.gaps is None or p.brier is None:
         return {"ece": none, "brier": none}
-    return {"ece": _share(np.abs(w @ p.gaps).sum(1), total), "brier": _share(w @ p.brier, total)}
+    return {"ece": share(np.abs(w @ p.gaps).sum(1), total), "brier": share(w @ p.brier, total)}
 
 
-def _ranked(w: np.ndarray, order: np.ndarray, starts: np.ndarray, positive: np.ndarray) -> np.ndarray:
+def ranked(w: np.ndarray, order: np.ndarray, starts: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """Weighted AUROC and average precision `[2, resamples]`.
 
     AUROC is P(score of a positive > of a negative) + P(equal) / 2; average precision is the precision at each
@@ -179,18 +190,19 @@ def _ranked(w: np.ndarray, order: np.ndarray, starts: np.ndarray, positive: np.n
     neg = np.add.reduceat(w, starts, axis=1) - pos
     positives, negatives = pos.sum(1), neg.sum(1)
     below = np.cumsum(neg, axis=1) - neg
-    auroc = _share((pos * (below + neg / 2)).sum(1), positives * negatives)
+    auroc = share((pos * (below + neg / 2)).sum(1), positives * negatives)
     hits = np.cumsum(pos[:, ::-1], axis=1)[:, ::-1]  # positives at this score or above
     called = hits + negatives[:, None] - below
     precision = hits / np.where(called > 0, called, 1)
-    return np.stack([auroc, _share((pos * precision).sum(1), positives)])
+    return np.stack([auroc, share((pos * precision).sum(1), positives)])
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """The quotient, NaN where the whole is 0."""
     return part / np.where(whole > 0, whole, np.nan)
 
 
-def _mean_defined(x: np.ndarray) -> np.ndarray:
+def mean_defined(x: np.ndarray) -> np.ndarray:
+    """The mean of each row over what is defined, NaN where nothing is."""
     count = np.isfinite(x).sum(1)
     return np.where(count > 0, np.nansum(x, axis=1) / np.maximum(count, 1), np.nan)

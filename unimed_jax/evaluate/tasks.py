@@ -41,9 +41,9 @@ _FIELDS = {
     "metric",
     "group",
 }
-_FILTERS = ("modality", "source", "split", "simulated")
-_GROUPS = ("patient", "key")
-_LABEL_PREFIX = "labels:"
+FILTERS = ("modality", "source", "split", "simulated")
+GROUPS = ("patient", "key")
+LABEL_PREFIX = "labels:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +129,7 @@ def from_labels(labels: Sequence[str], *, modality: str = "", name: str = "label
     if len(prompts) != len(labels):
         twice = [k for k, n in Counter(labels).items() if n > 1]
         raise UsageError(f"labels are given twice: {', '.join(twice)}")
-    return checked(Task(name=name, classes=prompts, label=f"{_LABEL_PREFIX}{name}"), "labels")
+    return checked(Task(name=name, classes=prompts, label=f"{LABEL_PREFIX}{name}"), "labels")
 
 
 _SENTENCES = (
@@ -164,22 +164,31 @@ def modality_phrase(modality: str) -> str:
     return _KINDS[word]
 
 
-def _parse(path: Path) -> Task:
+def read_json(path: Path) -> Any:
+    """The content of a prompt file.
+
+    Raises:
+        UsageError: when it is no JSON text, or names something twice.
+    """
     try:
-        raw = json.loads(path.read_text("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        return json.loads(path.read_text("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UsageError(f"{path} is no JSON text: {e}") from e
+
+
+def _parse(path: Path) -> Task:
+    raw = read_json(path)
     if not isinstance(raw, dict) or not raw:
         raise UsageError(f"{path} is no task", 'write {"class": ["prompt", ...], ...}')
     if "classes" not in raw:
-        label = "modality" if set(raw) <= set(MODALITIES) else f"{_LABEL_PREFIX}{path.stem}"
+        label = "modality" if set(raw) <= set(MODALITIES) else f"{LABEL_PREFIX}{path.stem}"
         raw = {"name": path.stem, "label": label, "classes": raw}
     unknown = sorted(set(raw) - _FIELDS)
     if unknown:
         raise UsageError(f"{path} has no field {unknown[0]!r}.{did_you_mean(unknown[0], _FIELDS)}")
     raw.setdefault("name", path.stem)
     if raw.get("modality"):
-        raw.setdefault("label", f"{_LABEL_PREFIX}{path.stem}")
+        raw.setdefault("label", f"{LABEL_PREFIX}{path.stem}")
     where = {k: tuple(v) if isinstance(v, list) else (v,) for k, v in raw.pop("where", {}).items()}
     classes = {k: _prompts(v, k, path) for k, v in raw.pop("classes").items()}
     ignore = tuple(raw.pop("ignore", ()))
@@ -236,13 +245,13 @@ def checked(task: Task, where: str) -> Task:
         )
     if task.metric not in METRICS:
         raise UsageError(f"{where}: metric is {task.metric!r}", f"one of {', '.join(METRICS)}")
-    if task.group not in _GROUPS:
-        raise UsageError(f"{where}: group is {task.group!r}", f"one of {', '.join(_GROUPS)}")
-    if task.label not in ("modality", "source") and not task.label.startswith(_LABEL_PREFIX):
-        raise UsageError(f"{where}: label is {task.label!r}", f"modality, source or {_LABEL_PREFIX}PREFIX")
+    if task.group not in GROUPS:
+        raise UsageError(f"{where}: group is {task.group!r}", f"one of {', '.join(GROUPS)}")
+    if task.label not in ("modality", "source") and not task.label.startswith(LABEL_PREFIX):
+        raise UsageError(f"{where}: label is {task.label!r}", f"modality, source or {LABEL_PREFIX}PREFIX")
     for name in task.where:
-        if name not in _FILTERS and not name.startswith(_LABEL_PREFIX):
-            raise UsageError(f"{where}: where has no field {name!r}.{did_you_mean(name, _FILTERS)}")
+        if name not in FILTERS and not name.startswith(LABEL_PREFIX):
+            raise UsageError(f"{where}: where has no field {name!r}.{did_you_mean(name, FILTERS)}")
     clash = sorted(set(task.ignore) & set(classes))
     if clash:
         raise UsageError(f"{where}: {clash[0]!r} is both a class and ignored")
@@ -251,10 +260,10 @@ def checked(task: Task, where: str) -> Task:
 
 def values_of(example: Example, name: str) -> tuple[Any, ...]:
     """The values of a record's field, or of its `prefix:value` labels."""
-    if not name.startswith(_LABEL_PREFIX):
+    if not name.startswith(LABEL_PREFIX):
         value = getattr(example, name)
         return (value,) if value != "" else ()
-    prefix = name.removeprefix(_LABEL_PREFIX) + ":"
+    prefix = name.removeprefix(LABEL_PREFIX) + ":"
     return tuple(v.removeprefix(prefix) for v in example.labels if v.startswith(prefix))
 
 

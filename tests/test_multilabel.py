@@ -1,0 +1,253 @@
+"""Findings: files, truth with gaps, scores of prompt pairs, and metrics equal to scikit-learn's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from sklearn import metrics as oracle
+
+from unimed_jax.data.record import Example
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate import multilabel, multilabel_metrics, tasks
+
+PAIRS = {
+    "effusion": {"positive": ["effusion"], "negative": ["no effusion", "clear"]},
+    "nodule": {"positive": ["nodule", "spot"], "negative": ["no nodule"]},
+}
+
+
+def task(**changes) -> multilabel.Findings:
+    pairs = {k: multilabel.Pair(tuple(v["positive"]), tuple(v["negative"])) for k, v in PAIRS.items()}
+    return dataclasses.replace(multilabel.Findings(name="chest", findings=pairs), **changes)
+
+
+def records(*labels: tuple[str, ...]) -> dict[int, Example]:
+    return {
+        i: Example(
+            key=f"r/{i}",
+            image=b"",
+            image_format="png",
+            height=1,
+            width=1,
+            captions=(),
+            labels=x,
+            modality="X-ray",
+        )
+        for i, x in enumerate(labels)
+    }
+
+
+# ---- files
+
+
+def test_built_in_tasks_are_well_formed():
+    for name in multilabel.names():
+        t = multilabel.load(name)
+        assert t.name == name
+        assert t.description
+        for pair in t.findings.values():
+            assert min(len(pair.positive), len(pair.negative)) >= 4
+            assert not set(pair.positive) & set(pair.negative)
+    assert not set(multilabel.names()) & set(tasks.names())
+
+
+def test_a_plain_file_of_pairs_is_a_task(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(PAIRS))
+    assert multilabel.is_multilabel(path)
+    t = multilabel.load(path)
+    assert (t.name, t.shape(), t.label) == ("mine", "2x(1-2+1-2)", "labels:finding")
+    assert t.prompts == ("effusion", "no effusion", "clear", "nodule", "spot", "no nodule")
+    path.write_text(json.dumps({"a": ["x"], "b": ["y"]}))
+    assert not multilabel.is_multilabel(path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"findings": {}}, "has no findings"),
+        ({"findings": []}, "are tables"),
+        ({"findings": PAIRS, "metrik": "auroc"}, "Did you mean"),
+        ({"findings": PAIRS, "metric": "accuracy"}, "metric is 'accuracy'"),
+        ({"findings": PAIRS, "unlisted": "negative"}, "unlisted is 'negative'"),
+        ({"findings": PAIRS, "version": "1"}, "version is '1'"),
+        ({"findings": PAIRS, "none": ["nodule"]}, "is a finding, and one of none"),
+        ({"findings": PAIRS, "uncertain": "labels:finding"}, "must differ"),
+        ({"findings": PAIRS, "label": "modality"}, "label is 'modality'"),
+        ({"findings": PAIRS, "where": {"organ": "x"}}, "where has no field"),
+        ({"a": {"positive": ["x"]}}, "no positive and negative prompts"),
+        ({"a": {"positive": ["x"], "negative": []}}, "no negative prompts"),
+        ({"a": {"positive": ["x"], "negative": ["x"]}}, "on both sides"),
+        ({"a": {"positive": "x", "negative": ["y"]}}, "no list of texts"),
+        ({"a": PAIRS["nodule"], "A": PAIRS["effusion"]}, "differ by case"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_field(tmp_path, raw, words):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UsageError, match=r"t\.json") as e:
+        multilabel.load(path)
+    assert words in e.value.line()
+
+
+def test_unknown_names_and_labels_given_twice_are_refused():
+    with pytest.raises(UsageError, match='Did you mean "chest_findings'):
+        multilabel.load("chest_finding")
+    with pytest.raises(UsageError, match="twice"):
+        multilabel.from_labels(["a", "a"])
+    with pytest.raises(UsageError, match="no modality"):
+        multilabel.from_labels(["a"], modality="photo")
+
+
+def test_the_digest_covers_sides_and_order():
+    t = task()
+    pairs = t.findings
+    swapped = {k: multilabel.Pair(p.negative, p.positive) for k, p in pairs.items()}
+    others = [swapped, dict(reversed(pairs.items())), {"effusion": pairs["effusion"]}]
+    assert len({t.digest, *(task(findings=f).digest for f in others)}) == 4
+    assert task(metric="average_precision").digest == t.digest
+
+
+# ---- truth
+
+
+def test_truth_is_present_absent_or_unknown_and_gaps_are_stated():
+    t = task(
+        absent="labels:no", uncertain="labels:maybe", unlisted="unknown", none=("normal",), ignore=("device",)
+    )
+    rows = records(
+        ("finding:effusion", "maybe:nodule"),
+        ("finding:normal",),
+        ("no:effusion", "finding:device"),
+        ("plane:axial",),
+        ("finding:device",),
+    )
+    picked, truth = multilabel.select(t, rows)
+    assert picked == [0, 1, 2]
+    assert truth.truth.tolist() == [[1, -1], [0, 0], [0, -1]]
+    assert truth.notes == (
+        "1 findings that records do not list count as unknown",
+        "2 records without any label of the task are left out",
+    )
+    _, closed = multilabel.select(dataclasses.replace(t, unlisted="absent"), rows)
+    assert closed.truth.tolist() == [[1, -1], [0, 0], [0, 0]]
+    assert "count as absent" in closed.notes[0]
+
+
+def test_labels_that_contradict_or_are_no_finding_are_refused():
+    t = task(absent="labels:no", none=("normal",))
+    with pytest.raises(DataError, match="says two things about 'nodule'"):
+        multilabel.select(t, records(("finding:nodule", "no:nodule")))
+    with pytest.raises(DataError, match="says that it has none"):
+        multilabel.select(t, records(("finding:nodule", "finding:normal")))
+    with pytest.raises(DataError, match="no finding: 'Nodule' x2, 'mass' x1"):
+        multilabel.select(t, records(("finding:Nodule",), ("finding:Nodule", "finding:mass")))
+    with pytest.raises(DataError, match="none of 1 records"):
+        multilabel.select(dataclasses.replace(t, where={"modality": ("CT",)}), records(("finding:nodule",)))
+
+
+# ---- scores
+
+
+def test_the_probability_is_the_softmax_over_the_pair():
+    t, rng = task(), np.random.default_rng(0)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    vectors = {p: unit(rng.normal(size=6)) for p in t.prompts}
+    z = unit(rng.normal(size=(5, 6)))
+    got = multilabel.probability(multilabel.margins(t, z, vectors, 20.0))
+    for j, pair in enumerate(t.findings.values()):
+        sides = [unit(np.mean([vectors[p] for p in side], 0)) for side in (pair.positive, pair.negative)]
+        odds = np.exp(20.0 * z @ np.stack(sides).T)
+        np.testing.assert_allclose(got[:, j], odds[:, 0] / odds.sum(1), atol=1e-12)
+
+
+# ---- metrics
+
+
+def made(n: int = 300, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    truth = (rng.random((n, 3)) < [0.3, 0.5, 0.1]).astype(int)
+    margin = np.round(rng.normal(size=(n, 3)) + 1.5 * truth - 1, 1)  # with ties
+    truth[rng.random((n, 3)) < 0.2] = -1
+    return margin, multilabel.probability(margin), truth
+
+
+def test_metrics_equal_scikit_learn():
+    margin, p, truth = made()
+    names = ["a", "b", "c"]
+    cuts = {"a": 0.35, "b": 0.6, "c": 0.2}
+    found = multilabel_metrics.findings(p, truth, names, margins=margin, thresholds=cuts, resamples=0)
+    for j, name in enumerate(names):
+        rows = truth[:, j] >= 0
+        y, q = truth[rows, j], p[rows, j]
+        f = found.findings[name]
+        assert (f.n, f.positives, f.unknown) == (rows.sum(), y.sum(), (~rows).sum())
+        want = {
+            "auroc": oracle.roc_auc_score(y, q),
+            "average_precision": oracle.average_precision_score(y, q),
+            "brier": oracle.brier_score_loss(y, q),
+        }
+        for ending, cut in (("", 0.5), ("_chosen", cuts[name])):
+            said = q >= cut
+            want[f"f1{ending}"] = oracle.f1_score(y, said)
+            want[f"sensitivity{ending}"] = oracle.recall_score(y, said)
+            want[f"specificity{ending}"] = oracle.recall_score(1 - y, ~said)
+        edges = np.ceil(q * 15) - 1
+        want["ece"] = sum(
+            abs(q[edges == k].mean() - y[edges == k].mean()) * (edges == k).mean() for k in np.unique(edges)
+        )
+        for k, v in want.items():
+            assert f.values[k].value == pytest.approx(v, abs=1e-12), k
+    for k, v in found.values.items():
+        mean = np.mean([f.values[k].value for f in found.findings.values()])
+        assert v.value == pytest.approx(mean)
+
+
+def test_intervals_resample_subjects_together_for_all_findings():
+    margin, p, truth = made(120)
+    groups = np.arange(120) // 4
+    names = ["a", "b", "c"]
+    found = multilabel_metrics.findings(p, truth, names, groups, margins=margin, resamples=200, seed=3)
+    rng = np.random.default_rng(3)
+    means = []
+    for _ in range(200):
+        rows = np.concatenate([np.flatnonzero(groups == g) for g in rng.integers(30, size=30)])
+        areas = []
+        for j in range(3):
+            known = rows[truth[rows, j] >= 0]
+            if 0 < truth[known, j].sum() < len(known):
+                areas.append(oracle.roc_auc_score(truth[known, j], p[known, j]))
+        means.append(np.mean(areas))
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert (found.values["auroc"].low, found.values["auroc"].high) == pytest.approx((low, high))
+    assert found.findings["a"].delong is None  # four records a subject
+    assert multilabel_metrics.findings(p, truth, names, resamples=0).findings["a"].delong is not None
+
+
+def test_what_is_unknown_or_undefined_is_said():
+    truth = np.array([[1, -1, 1], [0, -1, 1], [1, -1, -1], [0, -1, 1]])
+    p = np.full((4, 3), 0.4)
+    found = multilabel_metrics.findings(p, truth, ["a", "b", "c"], resamples=50)
+    assert found.findings["b"].values["auroc"].reason == "no record where it is known"
+    assert found.findings["c"].values["auroc"].reason == "only one class occurs"
+    assert found.findings["c"].values["average_precision"].value is None
+    assert found.values["auroc"].value == 0.5  # of the only finding that has one
+    assert "unknown and left out, not counted as absent: b 4, c 1" in found.notes
+    assert "without AUROC, only one class occurs: b, c" in found.notes
+    empty = multilabel_metrics.findings(np.zeros((0, 1)), np.zeros((0, 1), int), ["a"], resamples=9)
+    assert all(v.value is None and v.reason for v in empty.values.values())
+
+
+def test_shapes_and_probabilities_are_checked():
+    good, truth = np.full((2, 1), 0.5), np.zeros((2, 1), int)
+    for args in (
+        (good, truth, ["a", "b"]),
+        (good + 1, truth, ["a"]),
+        (good, truth + 2, ["a"]),
+        (good, truth, ["a"], [1]),
+    ):
+        with pytest.raises(DataError, match="metrics"):
+            multilabel_metrics.findings(*args)

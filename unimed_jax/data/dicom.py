@@ -8,6 +8,7 @@ Text burned into the pixels is not removed.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import re
@@ -15,7 +16,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ _NO_PICTURE = {  # modality: what such a file holds instead
     "AU": "audio",
     "HD": "a waveform",
 }
+_BYTES_A_SAMPLE = 24  # while a frame is decoded and shown; numpy's share is at most 16, of a palette 46
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 
@@ -96,33 +98,76 @@ class Picture:
         return images.eval_image(data, size, where=self.where)
 
 
-def read(path: Path, window: tuple[float, float] | None, pick: Callable[[int], range]) -> list[Picture]:
-    """Reads the frames of one file that `pick` chooses from their number.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """A picture that is found, but not decoded yet."""
+
+    file: Path
+    cost: int  # bytes of memory that decoding it takes, roughly and at most
+    read: Callable[[], Picture]  # raises DataError
+
+
+Hold = Callable[[int], AbstractContextManager[Any]]  # waits until so many bytes may be taken
+
+
+def frames(
+    path: Path,
+    window: tuple[float, float] | None,
+    pick: Callable[[int], range],
+    hold: Hold = nullcontext,
+) -> list[Frame]:
+    """Finds the frames of one file that `pick` chooses from their number; only the header is read.
+
+    Args:
+        path: the file.
+        window: (centre, width) instead of the file's own.
+        pick: frame numbers from the number of frames.
+        hold: entered while a deflated file, which is inflated whole, is in memory.
 
     Raises:
-        DataError: for a file without a readable header, without a picture, too large, or in a coding that nothing here
-            decodes; the message holds the file's name and the coding, never a header value.
+        DataError: for a file without a readable header, without a picture, or too large; `Frame.read` for a coding
+            that nothing here decodes. The message holds the file's name and the coding, never a header value.
     """
     pydicom = need("pydicom")
-    with _no_identifiers():
+    with no_identifiers():
         try:
-            _refuse_bomb(path, pydicom)
-            ds = pydicom.dcmread(path, defer_size=65536, force=True)
-            frames = _refuse_unpictured(path.name, ds)
+            inflated = _refuse_bomb(path, pydicom)
+            with hold(inflated):
+                ds = _header_of(path, pydicom)
+                count = _refuse_unpictured(path.name, ds)
+                cost = _cost(ds) + inflated
+                kept = None if inflated else ds
+                del ds
         except DataError:
             raise
         except Exception as e:  # an open set of exceptions, whose texts may quote the header
             raise DataError(f"{path.name}: no readable DICOM header ({type(e).__name__})") from None
-        chosen = pick(frames)
-        if len(chosen) > limits.MAX_FRAMES:
-            raise DataError(f"{path.name}: {len(chosen)} frames are too many", "--slices every:N")
-        pictures = []
-        for k in chosen:
+    chosen = pick(count)
+    if len(chosen) > limits.MAX_FRAMES:
+        raise DataError(f"{path.name}: {len(chosen)} frames are too many", "--slices every:N")
+
+    def read(k: int) -> Picture:
+        with no_identifiers():
+            ds = kept or _header_of(path, pydicom)
             try:
-                pictures.append(_frame(path, ds, k, frames, window, pydicom))
+                return _frame(path, ds, k, count, window, pydicom)
             except Exception as e:
                 raise _cannot_decode(path.name, ds, e, pydicom) from None
-    return pictures
+
+    return [Frame(file=path, cost=cost, read=functools.partial(read, k)) for k in chosen]
+
+
+def _header_of(path: Path, pydicom: Any) -> Any:
+    """The data set; large values, so the pixels, stay on the disk until they are asked for."""
+    return pydicom.dcmread(path, defer_size=65536, force=True)
+
+
+def _cost(ds: Any) -> int:
+    """Gray is computed in float64, with a copy for its percentiles; a palette makes three colours of each pixel."""
+    samples = int(ds.get("SamplesPerPixel", 1) or 1)
+    if ds.get("PhotometricInterpretation") == "PALETTE COLOR":
+        samples = 2
+    return int(ds.Rows) * int(ds.Columns) * samples * _BYTES_A_SAMPLE
 
 
 def _frame(path: Path, ds: Any, k: int, frames: int, window, pydicom) -> Picture:
@@ -229,14 +274,18 @@ def _refuse_unpictured(name: str, ds: Any) -> int:
     return frames
 
 
-def _refuse_bomb(path: Path, pydicom: Any) -> None:
-    """A deflated file may hold a thousand times its size, and is inflated whole: measure it in small pieces first."""
+def _refuse_bomb(path: Path, pydicom: Any) -> int:
+    """A deflated file may hold a thousand times its size, and is inflated whole: measure it in small pieces first.
+
+    Returns:
+        Bytes of the inflated file; 0 for a file that is not deflated.
+    """
     with path.open("rb") as f:
         if f.read(132)[128:] != b"DICM":
-            return
+            return 0
         meta = pydicom.filereader.read_file_meta_info(path)
         if meta.get("TransferSyntaxUID") != _DEFLATED:
-            return
+            return 0
         f.seek(144 + int(meta.FileMetaInformationGroupLength))  # preamble, DICM and the length element itself
         inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
         for chunk in iter(lambda: f.read(1 << 16), b""):
@@ -245,6 +294,7 @@ def _refuse_bomb(path: Path, pydicom: Any) -> None:
                 chunk = inflate.unconsumed_tail
                 if total > limits.MAX_FILE_BYTES:
                     raise DataError(f"{path.name}: inflates to more than {limits.MAX_FILE_BYTES} bytes")
+        return total
 
 
 def _cannot_decode(name: str, ds: Any, e: Exception, pydicom: Any) -> DataError:
@@ -297,7 +347,7 @@ _TAGS_ONLY = _TagsOnly()
 
 
 @contextmanager
-def _no_identifiers() -> Iterator[None]:
+def no_identifiers() -> Iterator[None]:
     """Pydicom warns and logs with the offending value, a name or an id: nothing of that leaves this block."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"pydicom(\.|$)")
     logger = logging.getLogger("pydicom")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -104,13 +105,27 @@ def image_format(data: bytes) -> str:
         TooLarge: for so many pixels that Pillow does not even look at them.
         DataError: for bytes of no allowed format.
     """
+    name = _open(io.BytesIO(data)).format or ""
+    return "jpeg" if name == "MPO" else name.lower()
+
+
+def _open(file: BinaryIO) -> Image.Image:
     try:
-        name = Image.open(io.BytesIO(data), formats=FORMATS).format or ""
+        return Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as e:
         raise TooLarge(f"the picture: {e}") from e
     except Exception as e:  # as in `open_image`
         raise DataError("the picture has an unknown format or a damaged header") from e
-    return "jpeg" if name == "MPO" else name.lower()
+
+
+def pixels_of(file: BinaryIO) -> int:
+    """The number of pixels that the header of a picture promises; nothing is decoded.
+
+    Raises:
+        TooLarge: for so many pixels that Pillow does not even look at them.
+        DataError: for bytes of no allowed format.
+    """
+    return math.prod(_open(file).size)
 
 
 def _fast_jpeg(data: bytes, where: str) -> UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"] | None:
@@ -229,6 +244,18 @@ def train_image(
     return to_rgb(np.asarray(image))
 
 
+def eval_crop(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where the square of `eval_image` lies: (width, height) of the resized picture, and the square's (left, top).
+
+    Example:
+        >>> eval_crop(300, 200, 100)
+        ((150, 100), (25, 0))
+    """
+    long = int(size * max(width, height) / min(width, height))
+    new = (size, long) if width <= height else (long, size)
+    return new, (round((new[0] - size) / 2), round((new[1] - size) / 2))
+
+
 def eval_image(data: bytes | Image.Image, size: int, *, where: str = "") -> UInt8[np.ndarray, "size size 3"]:
     """An evaluation picture: shorter side to `size` (bicubic), centre crop, and only then RGB.
 
@@ -249,12 +276,9 @@ def eval_image(data: bytes | Image.Image, size: int, *, where: str = "") -> UInt
         pixels = _fast_jpeg(data, where)
         image = open_image(data, where=where) if pixels is None else Image.fromarray(pixels)
     width, height = image.size
-    short, long = min(width, height), max(width, height)
-    long = int(size * long / short)
-    new = (size, long) if width <= height else (long, size)
+    new, (left, top) = eval_crop(width, height, size)
     _check_size(*new, f"{where or 'the picture'} ({width} x {height}) resized to {size}")
     image = image.resize(new, Image.Resampling.BICUBIC)
-    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
     image = image.crop((left, top, left + size, top + size))
     if image.mode in ("L", "LA", "1"):
         return to_rgb(np.asarray(image.getchannel(0) if image.mode == "LA" else image.convert("L")))

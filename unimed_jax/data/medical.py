@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from unimed_jax.data import dicom, images, limits, windows
-from unimed_jax.data.dicom import Picture, need
+from unimed_jax.data.dicom import Frame, Hold, Picture, need
 from unimed_jax.errors import DataError, UsageError
 
 KINDS = ("DICOM", "NIfTI", *images.FORMATS)
 SUFFIXES = frozenset(
     [".dcm", ".dicom", ".nii", ".gz", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp"]
 )
+_BYTES_A_PIXEL = (
+    12  # while an ordinary image is decoded and resized, besides the file; measured: up to 12 (32-bit)
+)
+_BYTES_A_VOXEL = 24  # while a slice is computed in float64, with a copy for its percentiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,38 +66,69 @@ def read(
         slices: frames of a DICOM file or axial slices of a volume; default: the middle one.
 
     Raises:
-        DataError: for a file that is missing, empty, too large, of an unknown format, or holds no picture; for a
-            coding that needs another package, the remedy names it. The pixels of an ordinary image are decoded, and
-            refused if they are damaged, by `Picture.square`.
+        DataError: see `frames`; for a coding that needs another package, the remedy names it. The pixels of an
+            ordinary image are decoded, and refused if they are damaged, by `Picture.square`.
+    """
+    return [f.read() for f in frames(path, window=window, slices=slices)]
+
+
+def frames(
+    path: str | Path,
+    *,
+    window: tuple[float, float] | None = None,
+    slices: Slices | None = None,
+    hold: Hold = nullcontext,
+) -> list[Frame]:
+    """Finds the chosen pictures of one file, which `Frame.read` decodes one at a time.
+
+    Args:
+        path: see `read`.
+        window: see `read`.
+        slices: see `read`.
+        hold: see `dicom.frames`.
+
+    Raises:
+        DataError: for a file that is missing, empty, too large, of an unknown format, or holds no picture.
     """
     path, slices = Path(path), slices or Slices()
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
             head = f.read(352)
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: a name with a zero byte
         raise DataError(f"{path.name}: cannot be read ({type(e).__name__})") from None
     if not size:
         raise DataError(f"{path.name}: the file is empty")
     if size > limits.MAX_FILE_BYTES:
         raise DataError(f"{path.name}: {size} bytes are too large", f"at most {limits.MAX_FILE_BYTES}")
-    if head[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom"):
-        return dicom.read(path, window, slices.pick)
+    if is_dicom(path, head):
+        return dicom.frames(path, window, slices.pick, hold)
     if path.name.lower().endswith((".nii", ".nii.gz")) or head[344:348] in (b"n+1\0", b"ni1\0"):
         return _nifti(path, window, slices)
-    data = path.read_bytes()
+    return [_image(path, size)]
+
+
+def is_dicom(path: Path, head: bytes) -> bool:
+    """Whether the first bytes or the suffix say DICOM."""
+    return head[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom")
+
+
+def _image(path: Path, size: int) -> Frame:
+    """An ordinary image: its header is read, its bytes later."""
     try:
-        images.image_format(data)
+        with path.open("rb") as f:
+            pixels = images.pixels_of(f)
     except images.TooLarge:
         raise DataError(f"{path.name}: too many pixels", f"at most {limits.MAX_IMAGE_PIXELS}") from None
     except DataError:
         raise DataError(
             f"{path.name}: is no picture of a known format", f"known: {', '.join(KINDS)}"
         ) from None
-    return [Picture(data=data, kind="image", where=path.name)]
+    read = lambda: Picture(data=path.read_bytes(), kind="image", where=path.name)
+    return Frame(file=path, cost=size + pixels * _BYTES_A_PIXEL, read=read)
 
 
-def _nifti(path: Path, window: tuple[float, float] | None, slices: Slices) -> list[Picture]:
+def _nifti(path: Path, window: tuple[float, float] | None, slices: Slices) -> list[Frame]:
     """Axial slices of the first volume, shown as a radiologist sees them: front up, patient's right on the left."""
     nibabel = need("nibabel")
     try:
@@ -105,22 +142,28 @@ def _nifti(path: Path, window: tuple[float, float] | None, slices: Slices) -> li
                 f"at most {limits.MAX_GRAY_PIXELS} pixels each",
             )
         up = int(np.flatnonzero(axes[:, 0] == 2)[0])  # the axis of the file that runs from foot to head
-        pictures = []
-        for k in slices.pick(shape[up]):
+        chosen = slices.pick(shape[up])
+        cost = int(np.prod(shape[:3])) // shape[up] * _BYTES_A_VOXEL
+    except images.TooLarge:
+        raise
+    except Exception as e:
+        raise DataError(f"{path.name}: cannot read the volume ({type(e).__name__})") from None
+    if len(chosen) > limits.MAX_FRAMES:
+        raise DataError(f"{path.name}: {len(chosen)} slices are too many", "--slices every:N")
+
+    def read(k: int) -> Picture:
+        try:
             place = tuple(k if a == up else slice(None) if a < 3 else 0 for a in range(len(shape)))
             plane = np.require(volume.dataobj[place], np.float64, "W")
             np.nan_to_num(plane, copy=False)
             gray = windows.apply(plane, *window) if window else windows.stretch(plane)
             gray = _face_up(gray, [axes[a] for a in range(3) if a != up])
-            rule = "option" if window else "percentile"
-            pictures.append(
-                Picture(data=gray, kind="nifti", frame=k, frames=shape[up], window=rule, where=path.name)
-            )
-    except images.TooLarge:
-        raise
-    except Exception as e:
-        raise DataError(f"{path.name}: cannot read the volume ({type(e).__name__})") from None
-    return pictures
+        except Exception as e:
+            raise DataError(f"{path.name}: cannot read the volume ({type(e).__name__})") from None
+        rule = "option" if window else "percentile"
+        return Picture(data=gray, kind="nifti", frame=k, frames=shape[up], window=rule, where=path.name)
+
+    return [Frame(file=path, cost=cost, read=functools.partial(read, k)) for k in chosen]
 
 
 def _face_up(gray: np.ndarray, axes: list[np.ndarray]) -> np.ndarray:

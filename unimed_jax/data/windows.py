@@ -99,4 +99,7 @@ def stretch(x: Num[np.ndarray, "h w"], valid: np.ndarray | None = None) -> UInt8
 
 def upper_bits(x: Num[np.ndarray, "..."], bits: int) -> UInt8[np.ndarray, "..."]:
     """The upper 8 bits of unsigned values."""
-    return (x.astype(np.uint64) >> max(bits - 8, 0)).clip(0, 255).astype(np.uint8)
+    out = np.empty(x.shape, np.uint8)
+    for top in range(0, len(x), _BAND):
+        out[top : top + _BAND] = (x[top : top + _BAND].astype(np.uint64) >> max(bits - 8, 0)).clip(0, 255)
+    return out

@@ -34,6 +34,21 @@ def model(**changes) -> config.Model:
     return m
 
 
+def clip_text(tokens: int, **sizes: int) -> config.Text:
+    """OpenAI's kind of text tower for captions of so many tokens; sizes are the further fields."""
+    return config.Text(
+        kind="clip",
+        context_length=tokens,
+        max_positions=tokens,
+        act="quick_gelu",
+        ln_eps=1e-5,
+        dropout=0.0,
+        pool="eot",
+        proj="linear",
+        **sizes,
+    )
+
+
 def params(m: config.Model, seed: int = 0) -> clip.Params:
     """Random parameters without compiling anything: wide enough that different inputs embed differently."""
     rng = np.random.default_rng(seed)

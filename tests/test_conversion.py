@@ -38,17 +38,8 @@ def native(tmp_path_factory) -> Path:
 def clip_like(tmp_path_factory) -> Path:
     """A model folder whose text tower is OpenAI's kind; without tokenizer."""
     folder = tmp_path_factory.mktemp("clip")
-    m = small_model.model(
-        text__kind="clip",
-        text__vocab_size=99,
-        text__context_length=16,
-        text__max_positions=16,
-        text__act="quick_gelu",
-        text__ln_eps=1e-5,
-        text__dropout=0.0,
-        text__pool="eot",
-        text__proj="linear",
-    )
+    tower = small_model.clip_text(16, vocab_size=99, width=64, depth=2, heads=4, mlp_dim=128)
+    m = small_model.model(text=tower)
     return model_folder.save(folder / "model", m, small_model.params(m), None)
 
 

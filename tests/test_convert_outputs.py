@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from checkpoints import golden, params, random_model, state
 from safetensors.numpy import load_file, save_file
+from small_model import clip_text, tokenizer
 from small_model import params as mild_params
-from small_model import tokenizer
 from test_convert_source import same_bits
 
 from unimed_jax import config
@@ -26,21 +26,7 @@ from unimed_jax.models import clip, zoo
 
 TINY = zoo.get("tiny")
 TINY.vision.heads = 1  # of 64, as the original's
-CLIP_TEXT = config.Text(
-    kind="clip",
-    vocab_size=60,
-    context_length=20,
-    max_positions=20,
-    width=48,
-    depth=2,
-    heads=3,
-    mlp_dim=100,
-    act="quick_gelu",
-    ln_eps=1e-5,
-    dropout=0.0,
-    pool="eot",
-    proj="linear",
-)
+CLIP_TEXT = clip_text(20, vocab_size=60, width=48, depth=2, heads=3, mlp_dim=100)
 TINY_CLIP = dataclasses.replace(TINY, text=CLIP_TEXT)
 OPENAI_EOT = dataclasses.replace(TINY, text=dataclasses.replace(CLIP_TEXT, eot_id=9))
 # Everything that open_clip's config can say and that is not its default.

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from unimed_jax import config
-from unimed_jax.convert import dinov2_onnx, hf, mapping, native, tables
+from unimed_jax.convert import dinov2_onnx, mapping, native, tables, tensor_file
+from unimed_jax.convert.source import open_source
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
 
@@ -247,16 +248,17 @@ def bert_folder(folder, m, **changes):
 
 def test_bert_folder(tmp_path):
     want = bert_folder(tmp_path, CASES["hf_bert"])
-    assert_same(hf.text_from_bert_safetensors(tmp_path / "model.safetensors")["text"], want)
-    c = hf.bert_config(tmp_path / "config.json")
+    opened = open_source(tmp_path)
+    assert_same(opened.params()["text"], want)
+    c = opened.model.text
     assert (c.width, c.depth, c.heads, c.mlp_dim, c.context_length) == (12, 3, 2, 20, 7)
 
 
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"num_hidden_layers": 2}, "unexpected"),
-        ({"vocab_size": 10}, "mis-shaped"),
+        ({"num_hidden_layers": 2}, "depth is 3 by the tensors, 2 by the config"),
+        ({"vocab_size": 10}, "vocab_size is 9 by the tensors, 10 by the config"),
         ({"hidden_act": "relu"}, "relu"),
         ({"model_type": "roberta"}, "roberta"),
     ],
@@ -264,7 +266,7 @@ def test_bert_folder(tmp_path):
 def test_bert_folder_that_disagrees_with_itself(tmp_path, changes, word):
     bert_folder(tmp_path, CASES["hf_bert"], **changes)
     with pytest.raises(DataError, match=word):
-        hf.text_from_bert_safetensors(tmp_path / "model.safetensors")
+        open_source(tmp_path)
 
 
 def test_cut_and_missing_files_are_refused(tmp_path):
@@ -272,12 +274,12 @@ def test_cut_and_missing_files_are_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(DataError, match=r"no complete safetensors"):
-        hf.read_safetensors(file)
+        tensor_file.read_with_metadata(file)
     with pytest.raises(DataError, match="does not exist"):
-        hf.read_safetensors(tmp_path / "absent")
+        tensor_file.read_with_metadata(tmp_path / "absent")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DataError, match="JSON"):
-        hf.bert_config(tmp_path / "config.json")
+        open_source(tmp_path)
 
 
 def test_half_precision_becomes_float32(tmp_path):
@@ -286,7 +288,7 @@ def test_half_precision_becomes_float32(tmp_path):
 
     a = np.linspace(-1, 1, 8).astype(np.float16)
     save_file({"h": a, "b": a.astype(ml_dtypes.bfloat16), "i": np.arange(3)}, tmp_path / "x.safetensors")
-    state = hf.read_safetensors(tmp_path / "x.safetensors")
+    state, _ = tensor_file.read_with_metadata(tmp_path / "x.safetensors")
     assert state["h"].dtype == state["b"].dtype == np.float32
     assert state["i"].dtype == np.int64
     np.testing.assert_array_equal(state["h"], a.astype(np.float32))

@@ -18,21 +18,7 @@ from unimed_jax.models import clip
 torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.torch
-CLIP_TEXT = config.Text(
-    kind="clip",
-    vocab_size=40,
-    context_length=9,
-    max_positions=9,
-    width=64,
-    depth=2,
-    heads=1,
-    mlp_dim=96,
-    act="quick_gelu",
-    ln_eps=1e-5,
-    dropout=0.0,
-    pool="eot",
-    proj="linear",
-)
+CLIP_TEXT = small_model.clip_text(9, vocab_size=40, width=64, depth=2, heads=1, mlp_dim=96)
 
 
 @pytest.fixture(scope="module")

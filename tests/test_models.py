@@ -15,26 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import clip_text
 
 from unimed_jax import config
 from unimed_jax.errors import UsageError
 from unimed_jax.models import clip, layers, text, zoo
 
-CLIP_TEXT = config.Text(
-    kind="clip",
-    vocab_size=64,
-    context_length=16,
-    max_positions=16,
-    width=32,
-    depth=3,
-    heads=4,
-    mlp_dim=64,
-    act="quick_gelu",
-    ln_eps=1e-5,
-    dropout=0.0,
-    pool="eot",
-    proj="linear",
-)
+CLIP_TEXT = clip_text(16, vocab_size=64, width=32, depth=3, heads=4, mlp_dim=64)
 BERT = config.Text(
     vocab_size=64, context_length=16, max_positions=20, width=32, depth=3, heads=4, mlp_dim=64, proj="mlp"
 )

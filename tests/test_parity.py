@@ -8,9 +8,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+from small_model import clip_text
 
 from unimed_jax import config
-from unimed_jax.convert import dinov2_onnx, hf, native, tables
+from unimed_jax.convert import dinov2_onnx, native, tables
+from unimed_jax.convert.source import open_source
 from unimed_jax.models import clip, layers, zoo
 
 torch = pytest.importorskip("torch")
@@ -176,21 +178,7 @@ def hf_clip_text(t: config.Text, embed_dim, eos):
     return randomize(transformers.CLIPTextModelWithProjection(c))
 
 
-CLIP_TEXT = config.Text(
-    kind="clip",
-    vocab_size=50,
-    context_length=20,
-    max_positions=20,
-    width=48,
-    depth=3,
-    heads=4,
-    mlp_dim=96,
-    act="quick_gelu",
-    ln_eps=1e-5,
-    dropout=0.0,
-    pool="eot",
-    proj="linear",
-)
+CLIP_TEXT = clip_text(20, vocab_size=50, width=48, depth=3, heads=4, mlp_dim=96)
 
 
 @pytest.mark.parametrize(("eot_id", "eos"), [(-1, 2), (30, 30)], ids=["largest", "named"])
@@ -396,9 +384,10 @@ def test_real_dinov2(assets, tmp_path):
 @pytest.mark.assets
 def test_real_minilm(assets):
     folder = assets / "minilm"
-    params = hf.text_from_bert_safetensors(folder / "model.safetensors")
+    opened = open_source(folder)
+    params = opened.params()
     module = transformers.BertModel.from_pretrained(folder, local_files_only=True).eval()
-    m = small(embed_dim=384, text=dataclasses.replace(hf.bert_config(folder / "config.json"), pool="mean"))
+    m = small(embed_dim=384, text=dataclasses.replace(opened.model.text, pool="mean"))
     ids = padded([5, 128, 64, 1], 128, 30000)
     mask = torch.from_numpy(ids != 0)
     with torch.no_grad():

@@ -18,9 +18,8 @@ import numpy as np
 
 from unimed_jax import config, infer, model_folder
 from unimed_jax.convert import card, native, optimizer, outputs, source, verify
-from unimed_jax.data import target
+from unimed_jax.data import files
 from unimed_jax.data.text import Tokenizer
-from unimed_jax.data.writer import file_sha256, write_text
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip
 
@@ -121,7 +120,7 @@ def _refuse_target(r: Request) -> None:
     if r.to in outputs.WRITERS:
         outputs.refuse_target(r.to, Path(r.dst), force=r.force)
     elif Path(r.dst).suffix != ".safetensors":
-        target.refuse_folder(Path(r.dst), model_folder.OWN_FILES, force=r.force, what="model folder")
+        files.refuse_folder(Path(r.dst), model_folder.OWN_FILES, force=r.force, what="model folder")
     elif os.path.lexists(r.dst) and not r.force:
         raise UsageError(f"{r.dst} exists", "choose another target, or --force to replace it")
     card_file = _card_file(r)
@@ -244,7 +243,7 @@ def _origin(found: source.Source) -> card.Origin:
     said = {k: v for k, v in found.facts.items() if isinstance(v, (str, int, float))}
     return card.Origin(
         file=found.path.name,
-        sha256=file_sha256(found.weights) if found.weights.is_file() else "",
+        sha256=files.file_sha256(found.weights) if found.weights.is_file() else "",
         format=found.format,
         note=tuple(f"{k}: {v}" for k, v in sorted(said.items())),
     )
@@ -350,7 +349,7 @@ def _write_foreign(
             hf_text=r.hf_text,
         )
         # Beside a single file, the card comes first: it says nothing without the file, the file little without it.
-        write_text(_card_file(r) or beside / model_folder.CARD, readme)
+        files.write_text(_card_file(r) or beside / model_folder.CARD, readme)
 
     outputs.write(
         *(r.to, params, m, r.dst), tokenizer=words, force=r.force, hf_text_name=r.hf_text, more=finish

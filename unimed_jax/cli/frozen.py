@@ -56,7 +56,8 @@ def run(args: argparse.Namespace, sources: Callable[[str], list[Any]]) -> int:
         UsageError: for values that are none, or a file that exists.
         DataError: see `evaluate.frozen`.
     """
-    from unimed_jax.evaluate import results, tasks
+    from unimed_jax.data import files
+    from unimed_jax.evaluate import tasks
 
     kind = "retrieval" if args.retrieval else "probe"
     out = Path(args.out) / f"{kind}.json"
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace, sources: Callable[[str], list[Any]]) -> int:
             found = frozen.probe_task(model, splits, task, **budgets, **options)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        results.write(out, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        files.write_text(out, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as e:
         raise DataError(f"{out} cannot be written: {e.strerror or e}", "choose another --out") from e
     if args.json:

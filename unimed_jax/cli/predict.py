@@ -192,6 +192,7 @@ def _record(
 
 
 def _write(outputs: dict[str, Path], found: Predictions, record: dict[str, Any]) -> list[Path]:
+    from unimed_jax.data import files
     from unimed_jax.evaluate import report, results
 
     columns = ("file", "frame", "kind", "modality", "predicted", "score")
@@ -205,7 +206,7 @@ def _write(outputs: dict[str, Path], found: Predictions, record: dict[str, Any])
     try:
         for name, text in texts.items():
             if text:
-                results.write(outputs[name], text)
+                files.write_text(outputs[name], text)
             else:
                 outputs[name].unlink(missing_ok=True)  # an old list of errors would be read as this one's
     except OSError as e:

@@ -90,7 +90,7 @@ def hf(spec: Mapping[str, Any], where: str) -> Hints:
         return _hf_clip(spec, where)
     if kind == "clip_vision_model":
         vision = _typed(spec.get("vision_config") or spec, _HF_VISION, where)
-        return _hf_clip_vision(vision, where)
+        return _hf_vision(vision, where, vision["intermediate_size"], "openai")
     if kind == "bert":
         return _hf_bert(spec, where)
     if kind == "dinov2":
@@ -128,7 +128,7 @@ def _hf_clip(spec: Mapping[str, Any], where: str) -> Hints:
     vision = _typed(spec.get("vision_config") or {}, _HF_VISION, where)
     eos = text["eos_token_id"]
     return {
-        **_hf_clip_vision(vision, where),
+        **_hf_vision(vision, where, vision["intermediate_size"], "openai"),
         "text.vocab_size": text["vocab_size"],
         "text.max_positions": text["max_position_embeddings"],
         "text.width": text["hidden_size"],
@@ -142,17 +142,17 @@ def _hf_clip(spec: Mapping[str, Any], where: str) -> Hints:
     }
 
 
-def _hf_clip_vision(c: Mapping[str, Any], where: str) -> Hints:
+def _hf_vision(c: Mapping[str, Any], where: str, mlp_dim: int, normalize: str) -> Hints:
     return {
         "vision.image_size": c["image_size"],
         "vision.patch_size": c["patch_size"],
         "vision.width": c["hidden_size"],
         "vision.depth": c["num_hidden_layers"],
         "vision.heads": c["num_attention_heads"],
-        "vision.mlp_dim": c["intermediate_size"],
+        "vision.mlp_dim": mlp_dim,
         "vision.act": _act(c["hidden_act"], where),
         "vision.ln_eps": c["layer_norm_eps"],
-        "vision.normalize": "openai",
+        "vision.normalize": normalize,
     }
 
 
@@ -185,17 +185,7 @@ def _hf_dinov2(spec: Mapping[str, Any], where: str) -> Hints:
         raise DataError(
             f"{where}: a gated MLP or attention without biases is not ours", "S, B and L are read"
         )
-    return {
-        "vision.image_size": c["image_size"],
-        "vision.patch_size": c["patch_size"],
-        "vision.width": c["hidden_size"],
-        "vision.depth": c["num_hidden_layers"],
-        "vision.heads": c["num_attention_heads"],
-        "vision.mlp_dim": int(c["hidden_size"] * c["mlp_ratio"]),
-        "vision.act": _act(c["hidden_act"], where),
-        "vision.ln_eps": c["layer_norm_eps"],
-        "vision.normalize": "imagenet",
-    }
+    return _hf_vision(c, where, int(c["hidden_size"] * c["mlp_ratio"]), "imagenet")
 
 
 def preprocessor(spec: Mapping[str, Any], where: str, *, strict: bool = True) -> Hints:

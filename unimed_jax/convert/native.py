@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,10 @@ import numpy as np
 
 from unimed_jax import config
 from unimed_jax.convert import architecture, mapping, optimizer, positions, source, tensor_file
-from unimed_jax.convert.hf import read_json, read_with_metadata
+from unimed_jax.convert.configs import read_json
+from unimed_jax.convert.tensor_file import read_with_metadata
+from unimed_jax.convert.tensor_writer import write_safetensors
+from unimed_jax.data import files
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError, UnimedError
 from unimed_jax.models import clip, zoo
@@ -45,19 +47,14 @@ def save_tower(params: clip.Params, file: str | Path, meta: dict[str, Any] | Non
         file: target.
         meta: JSON values kept in the header: where the weights come from, and under "vision" or "text" the
             architecture (`config.to_dict`), which `init_from` compares.
-    """
-    from safetensors.numpy import save_file
 
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    leaves = {k: np.asarray(v, order="C") for k, v in clip.flatten(params).items()}
+    Raises:
+        DataError: when it cannot be written.
+    """
+    leaves = {k: np.asarray(v, np.float32) for k, v in sorted(clip.flatten(params).items())}
     header = {"format": FORMAT, "version": "1", "meta": json.dumps(meta or {}, sort_keys=True)}
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        save_file(leaves, str(beside), metadata=header)
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+    with files.swapped(Path(file)) as beside:
+        write_safetensors(beside, {k: v.shape for k, v in leaves.items()}, leaves.items(), header)
 
 
 def load_tower(file: str | Path) -> tuple[clip.Params, dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from unimed_jax import config
-from unimed_jax.convert.hf import read_with_metadata
 from unimed_jax.convert.mapped import shown
 from unimed_jax.convert.mapping import finite
 from unimed_jax.convert.names import plain, some
+from unimed_jax.convert.tensor_file import read_with_metadata
 from unimed_jax.convert.tensor_writer import write_safetensors
+from unimed_jax.data import files
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
 
@@ -320,15 +320,8 @@ def save(file: str | Path, moments: Moments, m: config.Model) -> Path:
 
     about = {"step": moments.step, "settings": moments.settings}
     meta = {"format": FORMAT, "version": "1", **{k: json.dumps(v, sort_keys=True) for k, v in about.items()}}
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with files.swapped(file) as beside:
         write_safetensors(beside, wanted, arrays(), meta)
-        os.replace(beside, file)
-    except OSError as e:
-        raise DataError(f"{file} cannot be written: {e.strerror or e}", "free space or check rights") from e
-    finally:
-        beside.unlink(missing_ok=True)
     return file
 
 

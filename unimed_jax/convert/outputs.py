@@ -20,7 +20,7 @@ from unimed_jax.convert import architecture, hf_configs, mapping, openclip_confi
 from unimed_jax.convert.mapping import Table
 from unimed_jax.convert.source import open_source
 from unimed_jax.convert.tensor_writer import write_safetensors
-from unimed_jax.data import target
+from unimed_jax.data import files
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip
@@ -172,7 +172,7 @@ def write(
     """
     writer, dst = writer_for(to, m), Path(dst)
     refuse_target(to, dst, force=force)
-    with target.swapped(dst) as beside:
+    with files.swapped(dst) as beside:
         if writer.is_file:
             _save_torch(beside, params, m, facts or {})
         else:
@@ -208,7 +208,7 @@ def refuse_target(to: str, dst: Path, *, force: bool) -> None:
             is a folder that holds anything that this program does not write.
     """
     if not WRITERS[to].is_file:
-        target.refuse_folder(dst, _OWN_FILES, force=force, what=f"{to} folder")
+        files.refuse_folder(dst, _OWN_FILES, force=force, what=f"{to} folder")
     elif dst.is_dir():
         raise UsageError(f"{dst} is a folder, --to {to} writes a file", "choose another place")
     elif os.path.lexists(dst) and not force:

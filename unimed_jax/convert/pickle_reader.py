@@ -6,6 +6,7 @@ up in a table given by the caller; it is never imported, and every count and len
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -251,16 +252,16 @@ def _persistent(m: Machine) -> None:
     m.stack.append(m.persistent(m.pop()))
 
 
-class Shell:
+class Shell(abc.ABC):
     """A value that takes its state in a second instruction, and is never part of the result."""
 
+    @abc.abstractmethod
     def build(self, state: Any) -> None:
         """Takes the state.
 
         Raises:
             Invalid: when it makes no sense.
         """
-        raise NotImplementedError
 
 
 _OPS: Mapping[int, Callable[[Machine], None]] = {

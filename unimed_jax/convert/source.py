@@ -203,7 +203,10 @@ def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any]
     for key in mapped:
         name = _WRAPPERS.sub("", key).replace("._orig_mod.", ".")
         if name in state:
-            raise DataError(f"{found.path} holds {name!r} twice, with and without a wrapper's prefix", "")
+            raise DataError(
+                f"{found.path} holds {shown(name)} twice, with and without a wrapper's prefix",
+                "save it again",
+            )
         state[name] = mapped[key]
     return state, optimizer, mapped.release
 

@@ -66,6 +66,20 @@ def open_safetensors(path: str | Path) -> Mapped:
     return Mapped(path, {name: file.view(*v) for name, v in views.items()}, [file], metadata)
 
 
+def read_with_metadata(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Copies of all tensors of a safetensors file, half-precision ones as float32, and its string metadata.
+
+    Raises:
+        DataError: as `open_safetensors`.
+    """
+    mapped = open_safetensors(path)
+    halves = ("float16", "bfloat16")
+    # Copies: whoever holds them outlives the file, which may be cut or overwritten in place.
+    state = {k: np.array(v, np.float32 if v.dtype.name in halves else v.dtype) for k, v in mapped.items()}
+    mapped.release()
+    return state, mapped.metadata
+
+
 def _refuse(path: str | Path, why: str) -> NoReturn:
     raise DataError(f"{path} is no complete safetensors file: {why}", _REMEDY)
 

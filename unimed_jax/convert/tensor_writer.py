@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from unimed_jax.data.writer import file_sha256
+from unimed_jax.data.files import file_sha256
 from unimed_jax.errors import DataError
 
 Item = TypeVar("Item")

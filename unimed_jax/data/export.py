@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimed_jax.data import card, limits, lock, pool, record, writer
+from unimed_jax.data import card, files, limits, lock, pool, record, writer
 from unimed_jax.data.shards import MANIFEST, REJECTS, SPLIT_NAME, VERSION, Manifest, RecordSource, ShardInfo
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.data.writer import Job
@@ -230,7 +230,7 @@ def _finalize(
     rejects = [r for job in jobs if job.path in sidecars for r in sidecars[job.path]["rejects"]]
     reasons = dict(sorted(Counter(r["reason"] for r in rejects).items()))
     lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in rejects]
-    writer.write_text(folder / REJECTS, "".join(lines))
+    files.write_text(folder / REJECTS, "".join(lines))
     total = sum(len(j.items) for j in jobs)
     listed = ", ".join(f"{reason} {n}" for reason, n in reasons.items())
     if len(rejects) > max_bad * total:
@@ -259,8 +259,8 @@ def _finalize(
     )
     _remove_strangers(folder, jobs)
     card.write_tfds_metadata(folder, manifest)
-    writer.write_text(folder / "README.md", card.text(manifest))
-    writer.write_text(folder / MANIFEST, manifest.to_json())
+    files.write_text(folder / "README.md", card.text(manifest))
+    files.write_text(folder / MANIFEST, manifest.to_json())
     return manifest
 
 

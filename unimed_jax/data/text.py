@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from unimed_jax.data import files
 from unimed_jax.errors import DataError
 
 # kind: (first, last, padding) special tokens. OpenAI's CLIP pads with id 0, which is an ordinary token ("!").
@@ -120,9 +121,7 @@ class Tokenizer:
         """
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(self._tokenizer.to_str(), encoding="utf-8")
-        os.replace(beside, path)
+        files.write_text(path, self._tokenizer.to_str())
         return path
 
 
@@ -310,7 +309,5 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: str | os.Path
     folder.mkdir(parents=True, exist_ok=True)
     learned = backend.get_vocab()
     backend = _wordpiece({word: i for i, word in enumerate(sorted(learned, key=learned.__getitem__))})
-    beside = folder / f".tokenizer.{os.getpid()}.json"
-    beside.write_text(backend.to_str(), encoding="utf-8")
-    os.replace(beside, folder / "tokenizer.json")
+    files.write_text(folder / "tokenizer.json", backend.to_str())
     return Tokenizer(folder / "tokenizer.json")

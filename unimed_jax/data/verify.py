@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from unimed_jax import config
-from unimed_jax.data import images, markers, pool, record, shards, validate, writer
+from unimed_jax.data import files, images, markers, pool, record, shards, validate
 from unimed_jax.data.record import Example
 from unimed_jax.data.shards import MANIFEST, Manifest, ShardInfo, Shards
 from unimed_jax.errors import DataError, UnimedError
@@ -128,7 +128,7 @@ def _check_shard(job: _Job) -> _Found:
     path = job.folder / job.shard.file
     problems, ids, bad = _open_only(job)[0], [], 0
     if not problems:
-        if writer.file_sha256(path) != job.shard.sha256:
+        if files.file_sha256(path) != job.shard.sha256:
             problems.append(
                 f"shard {path} is not the file that was written: its sha256 differs from the manifest's"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.data import markers, record, validate
+from unimed_jax.data.files import file_sha256, sync, write_text
 from unimed_jax.data.record import Example
 from unimed_jax.data.shards import RecordSource, array_record_module
 from unimed_jax.data.text import Tokenizer
@@ -160,29 +160,3 @@ def write_error(path: Path, e: Exception) -> DataError:
             "free some space and run the same command again: finished shards are kept",
         )
     return DataError(f"{path} cannot be written: {type(e).__name__}: {e}", "run the same command again")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically: beside its place, synced, renamed."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        sync(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

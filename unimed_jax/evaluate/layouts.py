@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from unimed_jax.data import limits, medical
+from unimed_jax.data.files import file_sha256
 from unimed_jax.errors import DataError, UnimedError, did_you_mean
 from unimed_jax.evaluate.suites import DataSet, Layout
 
@@ -307,14 +308,9 @@ def _npz(s: DataSet, roots: Sequence[Path], annotations: Path | None) -> Table:
             "one integer a picture; sets with several labels a picture cannot be classified this way",
         )
     out.array = array
-    out.sha256 = _sha256(file)
+    out.sha256 = file_sha256(file)
     found = [_Found(f"{split}/{i}", str(k), file, f"row {i}", frame=i) for i, k in enumerate(labels.tolist())]
     return _table(s, found, out)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 _READERS = {"csv": _csv, "folders": _folders, "names": _names, "npz": _npz}
@@ -327,7 +323,7 @@ def _table(s: DataSet, found: Sequence[_Found], out: Table) -> Table:
     """Labels to classes; pictures counted as missing, repeated or left out."""
     y = s.layout
     unknown: dict[str, list[str]] = {}
-    seen: dict[Path | str, _Found] = {}
+    seen: dict[tuple[Path, int], _Found] = {}
     clash: list[str] = []
     exists: dict[Path, bool] = {}
     for f in found:
@@ -339,13 +335,13 @@ def _table(s: DataSet, found: Sequence[_Found], out: Table) -> Table:
         if f.label not in s.labels:
             unknown.setdefault(f.label, []).append(f.where)
             continue
-        reason = _reason(f, exists)
-        if reason:
+        path = _usable(f, exists)
+        if isinstance(path, str):
             out.bad.append(
-                {"file": f"{f.where}: {f.name}" if f.where not in f.name else f.name, "reason": reason}
+                {"file": f"{f.where}: {f.name}" if f.where not in f.name else f.name, "reason": path}
             )
             continue
-        first = seen.setdefault((f.path, f.frame) if f.frame >= 0 else f.path, f)  # type: ignore[arg-type]
+        first = seen.setdefault((path, f.frame), f)
         if first is not f:
             out.repeated += 1
             if s.labels[first.label] != s.labels[f.label]:
@@ -353,8 +349,8 @@ def _table(s: DataSet, found: Sequence[_Found], out: Table) -> Table:
             if y.once:
                 continue
         match = re.search(y.group_pattern, f.name) if y.group_pattern else None
-        group = f.group or (match[0] if match else "") or (f"{f.path}#{f.frame}")
-        out.rows.append(Row(f.name, s.labels[f.label], group, f.path, f.frame))  # type: ignore[arg-type]
+        group = f.group or (match[0] if match else "") or (f"{path}#{f.frame}")
+        out.rows.append(Row(f.name, s.labels[f.label], group, path, f.frame))
     if unknown:
         raise DataError(_unknown(s, unknown), "add them to the labels or to ignore of the suite")
     if clash:
@@ -363,12 +359,13 @@ def _table(s: DataSet, found: Sequence[_Found], out: Table) -> Table:
     return out
 
 
-def _reason(f: _Found, exists: dict[Path, bool]) -> str:
+def _usable(f: _Found, exists: dict[Path, bool]) -> Path | str:
+    """The picture's path, or why it cannot be used."""
     if f.path is None:
         return "the name leaves the folder of the set"
     if f.path not in exists:
         exists[f.path] = f.path.is_file()
-    return "" if exists[f.path] else "no such file"
+    return f.path if exists[f.path] else "no such file"
 
 
 def _check(s: DataSet, found: Sequence[_Found], out: Table) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax import __version__
+from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import metrics, plots, results, suite_results
 
@@ -130,7 +131,7 @@ def write(page: Mapping[str, Any], out: str | Path) -> Path:
     text = render(page)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        results.write(out, text)
+        files.write_text(out, text)
     except OSError as e:
         raise DataError(f"{out} cannot be written: {e.strerror or e}", "choose another --out") from e
     return out

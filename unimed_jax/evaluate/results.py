@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate.metrics import ALL, TITLES, Metrics, Value
 from unimed_jax.evaluate.tasks import Task
@@ -207,7 +207,7 @@ class Results:
                 missing_ok=True
             )  # half-replaced files must not look like a whole result
             for name, text in texts.items():
-                write(folder / name, text)
+                files.write_text(folder / name, text)
         except OSError as e:
             raise DataError(
                 f"{folder} cannot be written: {e.strerror or e}", "free space or check permissions"
@@ -259,13 +259,3 @@ def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
         values = (row.get(c) for c in columns)
         table.writerow([f"{v:.6g}" if isinstance(v, float) else cell(v) for v in values])
     return out.getvalue()
-
-
-def write(path: Path, text: str) -> None:
-    """Writes beside and renames."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, "utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.config import MODALITIES
+from unimed_jax.data import files
 from unimed_jax.errors import DataError
 from unimed_jax.evaluate import results, suites
 from unimed_jax.evaluate.metrics import METRICS
@@ -181,7 +182,7 @@ class SuiteResults(Results):
         out = Results.save(self, folder, force=force)
         try:
             if self.bad:
-                results.write(out / _ERRORS, results.to_csv(self.bad, ("set", "file", "reason")))
+                files.write_text(out / _ERRORS, results.to_csv(self.bad, ("set", "file", "reason")))
             else:
                 (out / _ERRORS).unlink(missing_ok=True)
         except OSError as e:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from unimed_jax import config
-from unimed_jax.data import lock, shards
+from unimed_jax.data import files, lock, shards
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError, UsageError
 
@@ -59,10 +58,8 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         DataError: when it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.tmp")
     try:
-        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        files.write_text(path, json.dumps(value, indent=1) + "\n")
     except OSError as e:
         raise DataError(
             f"cannot write {path}: {e.strerror}", "free some space or choose another folder"

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from unimed_jax.data.files import file_sha256
 from unimed_jax.data.minimed.packages import IMAGES, WEIGHTS, Package
 from unimed_jax.errors import DataError
 
@@ -57,7 +58,7 @@ def have(package: Package, *, cache: Path | None = None, rehash: bool = False) -
             return False
         if any((folder / name).stat().st_size != size for name, (size, _) in files.items()):
             return False
-        return not rehash or all(_sha256(folder / name) == digest for name, (_, digest) in files.items())
+        return not rehash or all(file_sha256(folder / name) == digest for name, (_, digest) in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -233,13 +234,8 @@ def _copy(stream: IO[bytes], out: Path) -> tuple[int, str]:
     return n, digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _verified(path: Path, package: Package) -> bool:
-    return path.is_file() and path.stat().st_size == package.size and _sha256(path) == package.sha256
+    return path.is_file() and path.stat().st_size == package.size and file_sha256(path) == package.sha256
 
 
 def assets_dir(fetch_missing: bool = False, *, progress: Progress | None = None) -> Path | None:

@@ -1,10 +1,11 @@
-"""Where a result appears: refused when something else is there, written beside its place, swapped in at once.
+"""How files and folders appear: refused when something else is there, written beside their place, swapped in at once.
 
 What was there before stays until the new one stands, and comes back when that fails.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -41,29 +42,68 @@ def refuse_folder(folder: Path, own: Collection[str], *, force: bool, what: str)
 
 
 @contextmanager
-def swapped(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A path beside the target, for a file or folder to be made there; it takes the target's place when the block ends.
+
+    Raises:
+        OSError: when that fails; then the target is as it was.
+    """
+    beside, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    try:
+        yield beside
+        if not target.is_dir() or target.is_symlink():
+            os.replace(beside, target)
+            return
+        os.replace(target, old)  # a folder cannot be replaced in one step
+        try:
+            os.replace(beside, target)
+        except OSError:
+            os.replace(old, target)
+            raise
+        remove(old)
+    finally:
+        remove(beside)
+
+
+@contextmanager
+def swapped(target: Path) -> Iterator[Path]:
+    """`replacing`, with the target's folder made where it is missing, and one line when it cannot be written.
 
     Raises:
         DataError: when it cannot be written; then the target is as it was.
     """
-    beside, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        if os.path.lexists(target):
-            os.replace(target, old)
-        try:
-            os.replace(beside, target)
-        except OSError:
-            if os.path.lexists(old):
-                os.replace(old, target)
-            raise
-        remove(old)
+        with replacing(target) as beside:
+            yield beside
     except OSError as e:
         raise DataError(f"{target} cannot be written: {e.strerror or e}", "free space or check rights") from e
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: beside its place, synced, renamed.
+
+    Raises:
+        OSError: when it cannot be written; then an older file is as it was.
+    """
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
     finally:
-        remove(beside)
+        os.close(fd)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def remove(path: Path) -> None:

@@ -18,7 +18,7 @@ ROWS = [
     ["quickstart_scores"],
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
     ["evaluate.suite_run", "evaluate.frozen", "evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
-    ["conversion"],
+    ["conversion", "saliency"],
     ["infer", "model_folder", "hub"],
     ["train.checkpoint", "train.assemble", "convert"],
     ["models", "parallel", "train"],

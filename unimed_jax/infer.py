@@ -142,7 +142,7 @@ class Loaded:
         if isinstance(images, Sequence):
             chunks = self._preprocessed(images)
         else:  # numpy, jax or torch
-            array = self._check(np.asarray(images))
+            array = self.checked(np.asarray(images))
             chunks = (array[i : i + self.batch_size] for i in range(0, len(array), self.batch_size))
         return _finish([z for chunk in chunks for z in self._run(self._image, chunk)], self.cfg, normalize)
 
@@ -218,7 +218,12 @@ class Loaded:
         """Writes a model folder; it appears under its name only when complete. See `model_folder.save`."""
         return model_folder.save(folder, self.cfg, self.params, self.tokenizer, force=force, extra=extra)
 
-    def _check(self, array: np.ndarray) -> np.ndarray:
+    def checked(self, array: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
+        """The same pictures, or a refusal that says what this model takes.
+
+        Raises:
+            UsageError: for arrays of another layout, type or size.
+        """
         size = self.image_size
         if array.ndim == 4 and array.shape[1] == 3 and array.shape[3] != 3:
             raise UsageError(

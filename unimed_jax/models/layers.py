@@ -155,8 +155,21 @@ def attention(
             key_value_seq_lengths=lengths,
             implementation="cudnn",
         )
+    p = dropout(probabilities(q, k, valid=valid, causal=causal, precision=precision), rate, key)
+    return weigh(p, v, precision)
+
+
+def probabilities(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b s h k"],
+    *,
+    valid: Bool[Array, "b s"] | None = None,
+    causal: bool = False,
+    precision: lax.Precision = lax.Precision.DEFAULT,
+) -> Float[Array, "b h t s"]:
+    """The weights of `attention` before dropout, float32: each row sums to 1."""
     # [b h t k] is the layout with the fastest products on CPU.
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    q, k = (x.transpose(0, 2, 1, 3) for x in (q, k))
     scores = jnp.matmul(q, k.swapaxes(-1, -2), precision=precision, preferred_element_type=jnp.float32)
     scores *= q.shape[-1] ** -0.5
     low = jnp.finfo(jnp.float32).min  # finite: a row of padding alone stays free of NaN
@@ -164,8 +177,14 @@ def attention(
         scores = jnp.where(valid[:, None, None, :], scores, low)
     if causal:
         scores = jnp.where(jnp.tri(scores.shape[-2], scores.shape[-1], dtype=bool), scores, low)
-    p = dropout(jax.nn.softmax(scores, axis=-1), rate, key).astype(v.dtype)
-    return jnp.matmul(p, v, precision=precision).transpose(0, 2, 1, 3)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def weigh(
+    p: Float[Array, "b h t s"], v: Float[Array, "b s h k"], precision: lax.Precision
+) -> Float[Array, "b t h k"]:
+    """The values, weighted by the probabilities."""
+    return jnp.matmul(p.astype(v.dtype), v.transpose(0, 2, 1, 3), precision=precision).transpose(0, 2, 1, 3)
 
 
 Rows = Int[Array, " b"] | int
@@ -213,6 +232,19 @@ class Attention(nnx.Module):
         precision = self.qkv.compute.precision
         y = attention(q, k, v, valid=valid, causal=causal, rate=rate, key=key, precision=precision)
         return self.out(y.reshape(b, -1, d))
+
+    def with_weights(
+        self, x: Float[Array, "b t d"], tap: Float[Array, "b h t t"] | float = 0.0
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t t"]]:
+        """What `__call__` returns for every row, never by a fused kernel, and the attention weights.
+
+        `tap` is added to the weights: the gradient with respect to it is that with respect to them.
+        """
+        b, _, d = x.shape
+        q, k, v = (a.reshape(b, -1, self.heads, d // self.heads) for a in jnp.split(self.qkv(x), 3, axis=-1))
+        precision = self.qkv.compute.precision
+        p = probabilities(q, k, precision=precision)
+        return self.out(weigh(p + tap, v, precision).reshape(b, -1, d)), p
 
 
 class MLP(nnx.Module):
@@ -285,6 +317,14 @@ class Block(nnx.Module):
             x = self.ln1(x)
             return self.ln2(x + dropout(self.mlp(x), c.dropout, k_mlp))
         return x + dropout(self.mlp(self.ln2(x)), c.dropout, k_mlp)
+
+    def with_weights(
+        self, x: Float[Array, "b t d"], tap: Float[Array, "b h t t"] | float = 0.0
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t t"]]:
+        """A pre-norm block without dropout or mask, and its attention weights; see `Attention.with_weights`."""
+        a, p = self.attn.with_weights(self.ln1(x), tap)
+        x = x + a
+        return x + self.mlp(self.ln2(x)), p
 
 
 def make_blocks(depth: int, shape: BlockShape, *, compute: Compute, rngs: nnx.Rngs) -> Block:

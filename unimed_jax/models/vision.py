@@ -91,13 +91,21 @@ class Vision(nnx.Module):
             raise UsageError(
                 f"images have dtype {images.dtype}", "uint8 pixels, or floats already normalised"
             )
+        x = self.tokens(images)
+        rows = 0 if self.pool == "cls" else None
+        return self.pooled(
+            layers.run_blocks(self.blocks, x, depth=self.depth, compute=self.compute, rows=rows)
+        )
+
+    def tokens(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b t d"]:
+        """What the first block sees of normalised pictures: class token, then patches in row-major order."""
         x = self.patch(images)  # [b t d]
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1) + self.pos[...].astype(x.dtype)
-        if hasattr(self, "ln_pre"):
-            x = self.ln_pre(x)
-        rows = 0 if self.pool == "cls" else None
-        x = layers.run_blocks(self.blocks, x, depth=self.depth, compute=self.compute, rows=rows)
+        return self.ln_pre(x) if hasattr(self, "ln_pre") else x
+
+    def pooled(self, x: Float[Array, "b t d"]) -> Float[Array, "b w"]:
+        """The pooled token of what the last block returns; the class token alone is enough for pool "cls"."""
         x = x[:, 0] if self.pool == "cls" else x[:, 1:].astype(jnp.float32).mean(axis=1)
         return self.ln_post(x)
 

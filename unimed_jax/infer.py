@@ -29,6 +29,7 @@ from unimed_jax.data import medical
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import UsageError
 from unimed_jax.models import clip, zoo
+from unimed_jax.vectors import class_scores, ensemble, unit
 
 _TEXT_WIDTHS = (16, 32, 64, 128, 256)  # tokens; a text is encoded at the smallest that holds it
 Picture = Image.Image | str | os.PathLike[str] | bytes | np.ndarray
@@ -169,7 +170,7 @@ class Loaded:
             rows = np.flatnonzero(width_of == width)
             done = self._run(self._text, np.ascontiguousarray(tokens[rows, :width]))
             out[rows] = np.concatenate([np.asarray(z)[:n] for z, n in done])
-        return _unit(out) if normalize else out
+        return unit(out) if normalize else out
 
     def text_bank(self, classes: Mapping[str, Sequence[str]]) -> Float[np.ndarray, "c d"]:
         """One unit vector a class: the mean of its prompts' unit embeddings, normalised (CLIP's prompt ensemble).
@@ -199,9 +200,8 @@ class Loaded:
         Raises:
             UsageError: see `encode_image` and `text_bank`.
         """
-        logits = self.logit_scale * (self.encode_image(images) @ self.text_bank(classes).T).astype(np.float64)
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        return (odds / odds.sum(1, keepdims=True)).astype(np.float32)
+        scores = class_scores(self.encode_image(images), self.text_bank(classes), self.logit_scale)
+        return np.exp(scores).astype(np.float32)
 
     def encode_rows(self, images: UInt8[np.ndarray, "r h w 3"], ids: Int[np.ndarray, "r"]) -> tuple[Any, Any]:
         """One global batch of which this process holds some rows; every process gets all embeddings and ids.
@@ -347,21 +347,7 @@ def _finish(
     done: list[tuple[jax.Array, int]], cfg: config.Model, normalize: bool
 ) -> Float[np.ndarray, "b d"]:
     parts = [np.asarray(z)[:n] for z, n in done] or [np.zeros((0, cfg.embed_dim), np.float32)]
-    return _unit(np.concatenate(parts)) if normalize else np.concatenate(parts)
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def ensemble(classes: Sequence[Float[np.ndarray, "p d"]]) -> Float[np.ndarray, "c d"]:
-    """The mean of each class's unit embeddings, normalised (CLIP's prompt ensemble).
-
-    Example:
-        >>> ensemble([np.eye(2), np.eye(2)[:1]]).round(2).tolist()
-        [[0.7099999785423279, 0.7099999785423279], [1.0, 0.0]]
-    """
-    return _unit(np.stack([z.astype(np.float64).mean(0) for z in classes])).astype(np.float32)
+    return unit(np.concatenate(parts)) if normalize else np.concatenate(parts)
 
 
 def _lengths(tokens: Int[np.ndarray, "b t"], t: config.Text) -> Int[np.ndarray, "b"]:

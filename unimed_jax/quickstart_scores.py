@@ -18,9 +18,10 @@ from unimed_jax import config
 from unimed_jax.data import images, shards
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.evaluate import metrics, references, tasks, zeroshot
-from unimed_jax.infer import Loaded, ensemble
+from unimed_jax.infer import Loaded
 from unimed_jax.models import clip
 from unimed_jax.train import assemble, features
+from unimed_jax.vectors import ensemble, unit
 
 
 @dataclass(slots=True, kw_only=True)
@@ -117,12 +118,9 @@ def score(model: Loaded, measured: Measured, split: str, name: str) -> metrics.M
     task, part = tasks.load(name), measured.parts[split]
     picked = tasks.select(task, part.facts)
     image, text = (np.asarray(model.params[t]["proj"]["kernel"], np.float32) for t in ("vision", "text"))
-    z = references.unit(part.features[list(picked)] @ image)
+    z = unit(part.features[list(picked)] @ image)
     bank = ensemble(
-        [
-            references.unit(np.stack([measured.prompts[p] for p in texts]) @ text)
-            for texts in task.classes.values()
-        ]
+        [unit(np.stack([measured.prompts[p] for p in texts]) @ text) for texts in task.classes.values()]
     )
     groups = [part.facts[i].patient or part.facts[i].key for i in picked]
     labels = np.array(list(picked.values()), np.int64)

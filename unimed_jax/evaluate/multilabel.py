@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from unimed_jax.config import MODALITIES
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.evaluate import tasks
+from unimed_jax.vectors import ensemble
 
 if TYPE_CHECKING:
     from unimed_jax.data.record import Example
@@ -284,11 +285,11 @@ def margins(
 def _bank(task: Findings, prompts: Mapping[str, np.ndarray]) -> Float[np.ndarray, "f d"]:
     """The difference of the two text vectors of each finding."""
 
-    def side(texts: Sequence[str]) -> np.ndarray:
-        mean = np.stack([prompts[t] for t in texts]).astype(np.float64).mean(0)
-        return mean / max(float(np.linalg.norm(mean)), 1e-12)
+    def side(name: str) -> np.ndarray:
+        texts = (getattr(p, name) for p in task.findings.values())
+        return ensemble([np.stack([prompts[t] for t in ts]) for ts in texts]).astype(np.float64)
 
-    return np.stack([side(p.positive) - side(p.negative) for p in task.findings.values()])
+    return side("positive") - side("negative")
 
 
 def probability(margin: Float[np.ndarray, "*s"]) -> Float[np.ndarray, "*s"]:

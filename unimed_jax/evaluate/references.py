@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from unimed_jax.evaluate import metrics
+from unimed_jax.vectors import unit
 
 
 def thumbnails(images: UInt8[np.ndarray, "n h w 3"], side: int = 32) -> Float[np.ndarray, "n f"]:
@@ -29,11 +30,6 @@ def thumbnails(images: UInt8[np.ndarray, "n h w 3"], side: int = 32) -> Float[np
         ]
     ).reshape(len(images), -1)
     return unit(rows - rows.mean(1, keepdims=True))
-
-
-def unit(rows: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n f"]:
-    """Rows of unit length; a row of zeros stays zero."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def nearest_neighbour(

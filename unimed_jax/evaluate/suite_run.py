@@ -26,6 +26,7 @@ from unimed_jax.evaluate import layouts, metrics, suite_prompts, suites, tasks, 
 from unimed_jax.evaluate.results import TaskResult
 from unimed_jax.evaluate.suite_results import SetResult, SuiteResults
 from unimed_jax.infer import Loaded
+from unimed_jax.vectors import unit
 
 PROTOCOLS = ("own", "reference")
 _Key = tuple[Path, int]  # a picture: its file, and its place in an array or -1
@@ -288,7 +289,7 @@ def _embed(
         done += int((ids != -1).sum())
         if progress:
             progress(done, len(pictures))
-    return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12), errors
+    return unit(out), errors
 
 
 def _batches(

@@ -28,8 +28,9 @@ from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import metrics, tallies, tasks
 from unimed_jax.evaluate.results import Prediction, Results, TaskResult
-from unimed_jax.infer import Loaded, ensemble
+from unimed_jax.infer import Loaded
 from unimed_jax.train import run_folder
+from unimed_jax.vectors import ensemble, log_softmax, unit
 
 THUMBNAIL = 176  # pixels
 
@@ -169,7 +170,7 @@ def embed(
         out[rows[real]] = np.asarray(z)[real]
         if progress:
             progress(min(count, len(indices)), len(indices))
-    return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+    return unit(out)
 
 
 def _batches(
@@ -232,11 +233,7 @@ def score(
     Raises:
         DataError: see `metrics.classification`.
     """
-    logits = scale * cosines(task, z, prompts)
-    logits -= logits.max(1, keepdims=True)
-    log_p = logits - np.log(
-        np.exp(logits).sum(1, keepdims=True)
-    )  # ranks like the softmax, and never saturates
+    log_p = log_softmax(scale * cosines(task, z, prompts))
     names = list(task.classes)
     found = metrics.classification(
         log_p, labels, names, groups, probabilities=np.exp(log_p), resamples=resamples, seed=seed

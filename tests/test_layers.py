@@ -24,7 +24,7 @@ ROWS = [
     ["models", "parallel", "train"],
     ["data.pipeline"],
     ["data", "evaluate"],
-    ["config_rules"],
+    ["config_rules", "vectors"],
     ["config"],
     ["errors"],
 ]

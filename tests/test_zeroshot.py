@@ -386,7 +386,7 @@ def test_a_failed_write_never_looks_complete(found, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         whole(a, b)
 
-    monkeypatch.setattr(results.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(DataError, match="No space left"):
         found.save(tmp_path, force=True)
     assert not (tmp_path / "results.json").exists()

@@ -17,6 +17,7 @@ ROWS = [
     ["quickstart"],
     ["quickstart_scores"],
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
+    ["evaluate.embed", "evaluate.inputs", "evaluate.search", "evaluate.overlap"],
     ["evaluate.suite_run", "evaluate.frozen", "evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
     ["conversion", "saliency"],
     ["infer", "model_folder", "hub"],

@@ -15,6 +15,8 @@ VERBS = {
     "train": ("train from a config; the same command again resumes", "unimed_jax.cli.train"),
     "eval": ("zero-shot evaluation of a model on records", "unimed_jax.cli.eval"),
     "predict": ("score image files against labels, to CSV", "unimed_jax.cli.predict"),
+    "embed": ("pictures, records or texts to vectors, to Parquet", "unimed_jax.cli.embed"),
+    "search": ("nearest pictures to a text or picture", "unimed_jax.cli.search"),
     "convert": ("weights from and to PyTorch, OpenCLIP and Hugging Face", "unimed_jax.cli.convert"),
     "data": ("build, check, stats, show", "unimed_jax.cli.data"),
     "models": ("list and show named models, check a model folder", "unimed_jax.cli.models"),

@@ -1,0 +1,414 @@
+"""Embeddings of many pictures or texts into one Parquet file a process, resumable at any time.
+
+Work is cut into parts of consecutive inputs. A finished part lies beside the target and is never computed again; at the
+end all parts become the target, in order. Batches never cross a part, so that the result of an interrupted run has the
+same bytes as that of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimed_jax import __version__, vectors
+from unimed_jax.data import files
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate import embedding_table
+from unimed_jax.evaluate.embedding_table import Facts
+from unimed_jax.evaluate.inputs import Inputs, Item
+from unimed_jax.infer import Loaded
+from unimed_jax.train import hygiene
+
+_BATCHES = 64  # in a part
+_AHEAD = 4  # inputs read ahead, for each thread
+_ERRORS = ("input", "reason", "remedy")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class Done:
+    """What was written."""
+
+    path: Path
+    inputs: int  # of this process
+    rows: int
+    errors: list[dict[str, str]] = field(default_factory=list)  # input, reason, remedy
+    resumed: int = 0  # inputs of parts that an earlier run had finished
+
+
+class Texts:
+    """The lines of a UTF-8 text file; blank ones are left out, ids are line numbers from 1.
+
+    Raises:
+        UsageError: when there is no such file.
+        DataError: when it is no UTF-8, or has no text.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UsageError(f"no text file {path}", "a file with one text a line")
+        self._data = self.path.read_bytes()
+        try:
+            lines = self._data.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as e:
+            line = self._data[: e.start].count(b"\n") + 1
+            raise DataError(f"{path} line {line} is no UTF-8 text", "save it as UTF-8") from None
+        self.lines = [(n, text.strip()) for n, text in enumerate(lines, 1) if text.strip()]
+        if not self.lines:
+            raise DataError(f"{path} has no text", "one text a line")
+        self.name = self.path.name
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def fingerprint(self) -> str:
+        """The digest of the file."""
+        return hashlib.sha256(self._data).hexdigest()
+
+
+def share_of(count: int, index: int, processes: int) -> range:
+    """The consecutive inputs that one of several processes embeds.
+
+    Example:
+        >>> [list(share_of(5, i, 2)) for i in range(2)]
+        [[0, 1], [2, 3, 4]]
+    """
+    return range(count * index // processes, count * (index + 1) // processes)
+
+
+_LAUNCHERS = {  # of hygiene.cluster: (this process, how many) in the environment
+    "jax": ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"),
+    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "tpu": ("TPU_WORKER_ID", ""),
+}
+
+
+def parse_share(text: str, env: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """`I/N`, else what the launcher of this process says; (0, 1) for a single process.
+
+    Nothing is exchanged between the processes, so JAX's distributed runtime is not started: one that dies takes no
+    other with it, and is repeated alone.
+
+    Raises:
+        UsageError: for anything that is no share.
+
+    Example:
+        >>> parse_share("2/4"), parse_share("", {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"})
+        ((2, 4), (3, 4))
+    """
+    env = os.environ if env is None else env
+    first, _, count = text.partition("/")
+    if not text:
+        launcher = hygiene.cluster(env)
+        if not launcher:
+            return 0, 1
+        names = _LAUNCHERS[launcher]
+        first = env.get(names[0], "")
+        hosts = [h for h in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
+        count = env.get(names[1], "") if names[1] else str(len(hosts))
+        text = f"{first}/{count} of {launcher}"
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise UsageError(f"share is {text!r}", "I/N, from 0/N to N-1/N")
+    return int(first), int(count)
+
+
+def target_of(out: Path, index: int, processes: int) -> Path:
+    """The file of one of several processes.
+
+    Example:
+        >>> str(target_of(Path("e.parquet"), 1, 4))
+        'e-00001-of-00004.parquet'
+    """
+    return out if processes == 1 else out.with_name(f"{out.stem}-{index:05d}-of-{processes:05d}{out.suffix}")
+
+
+def errors_of(target: Path) -> Path:
+    """The list of what could not be read, beside the target."""
+    return target.with_name(f"{target.stem}.errors.csv")
+
+
+def to_parquet(
+    loaded: Loaded,
+    inputs: Inputs | Texts,
+    out: str | Path,
+    *,
+    dtype: str = "float16",
+    settings: dict[str, str] | None = None,
+    share: tuple[int, int] = (0, 1),
+    threads: int = 4,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Done:
+    """Embeds all inputs of this process's share and writes them with `embedding_table`.
+
+    Args:
+        loaded: the model; each process uses its own devices.
+        inputs: files, records, the pictures of a suite, or `Texts`.
+        out: the file; of several processes each writes `OUT-00000-of-00004.parquet`.
+        dtype: of the stored numbers.
+        settings: what else decides the pixels, for the metadata.
+        share: this process, and how many there are.
+        threads: pictures read in parallel.
+        force: replace an existing file, and drop unfinished parts of another run.
+        progress: called with (done, all) inputs of the share.
+
+    Returns:
+        Counts, and what could not be read; it stands in `OUT.errors.csv`, too.
+
+    Raises:
+        UsageError: for an existing target, or unfinished parts of other inputs, settings or weights.
+        DataError: when nothing could be read, or the disk is full.
+    """
+    if dtype not in embedding_table.DTYPES:
+        raise UsageError(f"dtype is {dtype!r}", " or ".join(embedding_table.DTYPES))
+    target = target_of(Path(out), *share)
+    check_target(target, force)
+    facts = Facts(
+        content="text" if isinstance(inputs, Texts) else "image",
+        dim=loaded.cfg.embed_dim,
+        dtype=dtype,
+        model={"name": loaded.cfg.name, "sha256": loaded.digest, "dtype": loaded.dtype},
+        settings=settings or {},
+        code=__version__,
+    )
+    mine = share_of(len(inputs), *share)
+    folder = target.with_name(f".{target.name}.parts")
+    size = _plan(folder, facts, inputs, share, _BATCHES * loaded.batch_size, force)
+    parts = [range(start, min(start + size, mine.stop)) for start in range(mine.start, mine.stop, size)]
+    names = [folder / f"{k:06d}.parquet" for k in range(len(parts))]
+    kept = [name.is_file() and embedding_table.whole(name) for name in names]
+    done = sum(len(p) for p, k in zip(parts, kept, strict=True) if k)
+    result = Done(path=target, inputs=len(mine), rows=0, resumed=done)
+    for numbers, name, there in zip(parts, names, kept, strict=True):
+        if not there:
+            step = (lambda n, base=done: progress(base + n, len(mine))) if progress else (lambda n: None)
+            _write_part(loaded, inputs, numbers, name, facts, threads, step)
+            done += len(numbers)
+    for name in names:
+        result.errors += json.loads(_errors_beside(name).read_text("utf-8"))
+    _finish(result, names, facts, folder)
+    return result
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Refuses a target that is there, before any work.
+
+    Raises:
+        UsageError: when it exists, or is a folder.
+    """
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder", "give a file name")
+    if target.suffix != ".parquet":
+        raise UsageError(f"--out {target.name} is no Parquet file", "a name that ends in .parquet")
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists", "choose another --out, or --force to replace it")
+
+
+def _plan(
+    folder: Path, facts: Facts, inputs: Inputs | Texts, share: tuple[int, int], size: int, force: bool
+) -> int:
+    """Makes or checks the folder of parts; returns the inputs of a part, as they were when the first run began."""
+    plan = {"facts": facts.json(), "inputs": inputs.fingerprint(), "share": list(share)}
+    place = folder / "plan.json"
+    try:
+        old = json.loads(place.read_text("utf-8"))
+        if old["plan"] == plan:
+            return int(old["size"])
+        stale = True
+    except FileNotFoundError:
+        stale = False
+    except (OSError, ValueError, KeyError, TypeError):
+        stale = True
+    if stale and not force:
+        raise UsageError(
+            f"{folder} holds unfinished work on other inputs, settings or weights",
+            "run that command again, or --force to begin anew",
+        )
+    try:
+        files.remove(folder)
+        folder.mkdir(parents=True)
+        files.write_text(place, json.dumps({"plan": plan, "size": size}))
+    except OSError as e:
+        raise DataError(f"{folder} cannot be written: {e.strerror or e}", "choose another --out") from e
+    return size
+
+
+def _errors_beside(part: Path) -> Path:
+    return part.with_suffix(".errors.json")
+
+
+def _write_part(
+    loaded: Loaded,
+    inputs: Inputs | Texts,
+    numbers: range,
+    path: Path,
+    facts: Facts,
+    threads: int,
+    step: Callable[[int], None],
+) -> None:
+    """One part; its list of errors appears first, so that a part that is there is whole."""
+    errors: list[dict[str, str]] = []
+    with files.swapped(path) as beside:
+        with embedding_table.Writer(beside, facts) as writer:
+            if isinstance(inputs, Texts):
+                blocks = _text_vectors(loaded, inputs, numbers)
+            else:
+                blocks = _picture_vectors(loaded, inputs, numbers, threads, errors)
+            for rows, z, count in _grouped(blocks):
+                if rows:
+                    writer.write(embedding_table.table(facts, rows, z))
+                step(count)
+        files.sync(beside)
+        files.write_text(_errors_beside(path), json.dumps(errors))
+
+
+def _grouped(
+    blocks: Iterator[tuple[list[dict[str, Any]], np.ndarray, int]],
+) -> Iterator[tuple[list[dict[str, Any]], np.ndarray, int]]:
+    """Whole row groups out of batches, whatever the size of these."""
+    rows: list[dict[str, Any]] = []
+    held: list[np.ndarray] = []
+    count = 0
+    for found, z, count in blocks:
+        rows += found
+        held.append(z)
+        while len(rows) >= embedding_table.GROUP:
+            every = np.concatenate(held)
+            yield rows[: embedding_table.GROUP], every[: embedding_table.GROUP], count
+            rows, held = rows[embedding_table.GROUP :], [every[embedding_table.GROUP :]]
+        yield [], np.zeros(0), count
+    yield rows, np.concatenate(held) if held else np.zeros(0), count
+
+
+def _text_vectors(
+    loaded: Loaded, inputs: Texts, numbers: range
+) -> Iterator[tuple[list[dict[str, Any]], np.ndarray, int]]:
+    for start in range(0, len(numbers), loaded.batch_size):
+        lines = [inputs.lines[n] for n in numbers[start : start + loaded.batch_size]]
+        yield (
+            [{"id": str(n), "text": text} for n, text in lines],
+            loaded.encode_text([text for _, text in lines]),
+            start + len(lines),
+        )
+
+
+def _picture_vectors(
+    loaded: Loaded, inputs: Inputs, numbers: range, threads: int, errors: list[dict[str, str]]
+) -> Iterator[tuple[list[dict[str, Any]], np.ndarray, int]]:
+    """(rows, unit vectors, inputs done) of full batches; the next one is read and sent while the device computes."""
+    waiting: tuple[Any, list[dict[str, Any]], int] | None = None
+    for squares, rows, done in _batches(loaded, inputs, numbers, threads, errors):
+        z, _ = loaded.encode_rows(squares, np.arange(len(squares)))
+        if waiting:
+            yield _collect(*waiting)
+        waiting = z, rows, done
+    if waiting:
+        yield _collect(*waiting)
+
+
+def _collect(z: Any, rows: list[dict[str, Any]], done: int) -> tuple[list[dict[str, Any]], np.ndarray, int]:
+    return rows, vectors.unit(np.asarray(z)[: len(rows)]), done
+
+
+def _batches(
+    loaded: Loaded, inputs: Inputs, numbers: range, threads: int, errors: list[dict[str, str]]
+) -> Iterator[tuple[np.ndarray, list[dict[str, Any]], int]]:
+    """Batches of one size, the last padded with its last picture."""
+    size = loaded.image_size
+    batch = np.zeros((loaded.batch_size, size, size, 3), np.uint8)
+    rows: list[dict[str, Any]] = []
+    done = 0
+    for number, found in read_all(inputs, numbers, lambda item: item.square(size), threads):
+        done += 1
+        if isinstance(found, DataError):
+            errors.append(dict(zip(_ERRORS, (inputs.title(number), found.cause, found.remedy), strict=True)))
+            continue
+        for item, square in found:
+            batch[len(rows)] = square
+            rows.append(
+                {
+                    "id": item.id,
+                    "file": item.file,
+                    "frame": item.frame,
+                    "modality": item.modality,
+                    "key": item.key,
+                }
+            )
+            if len(rows) == len(batch):
+                yield batch, rows, done
+                batch, rows = np.zeros_like(batch), []
+    if rows:
+        batch[len(rows) :] = batch[len(rows) - 1]
+        yield batch, rows, done
+
+
+def read_all(
+    inputs: Inputs, numbers: Sequence[int], make: Callable[[Item], Any], threads: int, *, hashed: bool = False
+) -> Iterator[tuple[int, list[tuple[Item, Any]] | DataError]]:
+    """(number, its items with `make` of each) in order, or the refusal; some are read ahead, in parallel.
+
+    An item comes without its picture: `make` keeps of it what is needed.
+    """
+
+    def work(number: int) -> list[tuple[Item, Any]] | DataError:
+        try:
+            return [
+                (dataclasses.replace(item, data=b""), make(item))
+                for item in inputs.read(number, hashed=hashed)
+            ]
+        except DataError as e:
+            return e
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+        todo = iter(numbers)
+        queue: deque[tuple[int, Future[Any]]] = deque(
+            (n, pool.submit(work, n)) for n in islice(todo, _AHEAD * threads)
+        )
+        try:
+            while queue:
+                number, future = queue.popleft()
+                found = future.result()
+                queue.extend((n, pool.submit(work, n)) for n in islice(todo, 1))
+                yield number, found
+        finally:
+            for _, future in queue:
+                future.cancel()
+
+
+def _finish(result: Done, parts: Sequence[Path], facts: Facts, folder: Path) -> None:
+    """Errors, then the target, then the parts go."""
+    from unimed_jax.evaluate import results
+
+    listed = errors_of(result.path)
+    try:
+        if result.errors:
+            files.write_text(listed, results.to_csv(result.errors, _ERRORS))
+        else:
+            listed.unlink(missing_ok=True)  # an old list would be read as this one's
+    except OSError as e:
+        raise DataError(f"{listed} cannot be written: {e.strerror or e}", "free space") from e
+    if result.inputs and len({e["input"] for e in result.errors}) == result.inputs:
+        files.remove(folder)
+        raise DataError(f"none of {result.inputs} inputs could be read", f"see {listed}")
+    merged = folder / "merged.parquet"  # in the folder, so that a kill leaves nothing else behind
+    try:
+        result.rows = embedding_table.merge(parts, merged, facts)
+        files.sync(merged)
+        merged.replace(result.path)
+    except OSError as e:
+        raise DataError(f"{result.path} cannot be written: {e.strerror or e}", "free space") from e
+    files.remove(folder)

@@ -1,0 +1,297 @@
+"""Pictures to be embedded or compared, wherever they lie: files, exported records, the data sets of a suite.
+
+Each kind is a numbered sequence whose elements are read one by one, from several threads. An element holds no picture,
+one, or the frames of a file; one that cannot be read raises, and the caller counts and lists it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from unimed_jax.data import files, images, medical, shards
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate import layouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One picture, with what may be said about it in an output."""
+
+    id: str  # unique within its inputs
+    data: bytes | UInt8[np.ndarray, "..."]  # an image file as it is, else u8[h w] or u8[h w 3]
+    sha256: str = ""  # of the stored bytes, when asked for
+    file: str = ""  # as the user named it, or below what the user named
+    frame: int = 0
+    modality: str = ""
+    key: str = ""  # of a record
+
+    def square(self, size: int) -> UInt8[np.ndarray, "size size 3"]:
+        """The evaluation picture of `images.eval_image`.
+
+        Raises:
+            DataError: for a damaged image file.
+        """
+        data = self.data if isinstance(self.data, bytes) else Image.fromarray(self.data)
+        return images.eval_image(data, size, where=Path(self.file or self.key).name)
+
+    def pixels(self) -> UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"]:
+        """The decoded picture; one channel when all three are the same.
+
+        Raises:
+            DataError: for a damaged image file.
+        """
+        where = Path(self.file or self.key).name
+        found = images.decode(self.data, where=where) if isinstance(self.data, bytes) else self.data
+        if found.ndim == 3 and (found[..., :1] == found[..., 1:]).all():
+            found = found[..., 0]
+        return found
+
+
+class Inputs(Protocol):
+    """A numbered sequence of what holds pictures."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """How many files or records there are."""
+        ...
+
+    def title(self, number: int) -> str:
+        """What to call one in a list of failures."""
+        ...
+
+    def read(self, number: int, *, hashed: bool = False) -> list[Item]:
+        """Its pictures; `hashed` fills `Item.sha256`.
+
+        Raises:
+            DataError: when it cannot be read.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest that changes when the inputs do, found without reading them."""
+        ...
+
+
+class Files:
+    """Image files, DICOM and NIfTI, and folders of them (see `predict.find_files`).
+
+    Args:
+        paths: files and folders.
+        window: (centre, width) for gray DICOM and NIfTI values; default: the file's own.
+        slices: frames of a file; default: the middle one.
+
+    Raises:
+        DataError: for a path that does not exist, or no picture at all.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        window: tuple[float, float] | None = None,
+        slices: medical.Slices | None = None,
+    ):
+        from unimed_jax.evaluate import predict
+
+        self.files = predict.find_files(paths)
+        self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} paths"
+        self.window, self.slices = window, slices
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def title(self, number: int) -> str:
+        """The path as it was given."""
+        return str(self.files[number])
+
+    def read(self, number: int, *, hashed: bool = False) -> list[Item]:
+        """The chosen frames."""
+        path = self.files[number]
+        digest = files.file_sha256(path) if hashed and path.is_file() else ""
+        return [
+            Item(
+                id=f"{path}#{p.frame}" if p.frames > 1 else str(path),
+                data=p.data,
+                sha256=f"{digest}#{p.frame}" if digest and p.frames > 1 else digest,
+                file=str(path),
+                frame=p.frame,
+                modality=p.modality,
+            )
+            for p in medical.read(path, window=self.window, slices=self.slices)
+        ]
+
+    def fingerprint(self) -> str:
+        """Names, sizes and times of change."""
+        h = hashlib.sha256()
+        for path in self.files:
+            try:
+                found = path.stat()
+                h.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            except OSError:
+                h.update(f"{path}\0gone\n".encode(errors="surrogateescape"))
+        return h.hexdigest()
+
+
+class Records:
+    """Exported records.
+
+    Args:
+        root: of all sources, or of one; `ROOT@SPLIT` for one split.
+        split: of every source that has it; default: all.
+
+    Raises:
+        DataError: for a folder without records, or a split that no source has.
+    """
+
+    def __init__(self, root: str | Path, split: str = ""):
+        from unimed_jax.evaluate.zeroshot import Pool
+
+        folder, at, named = str(root).rpartition("@")
+        if at and not split and not Path(root).exists():
+            root, split = folder, named
+        found = shards.find_sources(root)
+        parts = [
+            shards.Shards(place, name)
+            for place in found.values()
+            for name in shards.Manifest.read(place).splits
+            if split in ("", name)
+        ]
+        if not parts:
+            what = f"no source in {root} has the split {split!r}" if found else f"no records in {root}"
+            raise DataError(what, "unimed-jax data stats shows what there is")
+        self.name = f"{'+'.join(dict.fromkeys(s.name for s in parts))}{f'@{split}' if split else ''}"
+        self._pool: Any = Pool(parts)
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def title(self, number: int) -> str:
+        """The number of the record: its key may be what cannot be read."""
+        return f"record {number} of {self.name}"
+
+    def read(self, number: int, *, hashed: bool = False) -> list[Item]:
+        """The record's picture."""
+        e = self._pool[number]
+        digest = hashlib.sha256(e.image).hexdigest() if hashed else ""
+        return [Item(id=e.key, data=e.image, sha256=digest, modality=e.modality, key=e.key)]
+
+    def fingerprint(self) -> str:
+        """The digests of all shards."""
+        h = hashlib.sha256()
+        for part in self._pool.sources:
+            h.update(f"{part.name} {part.split} {[s.sha256 for s in part.shards]}\n".encode())
+        return h.hexdigest()
+
+
+class SuiteSets:
+    """The pictures of a suite's data sets, as their lists name them.
+
+    Args:
+        tables: set -> its rows.
+    """
+
+    def __init__(self, name: str, tables: dict[str, layouts.Table]):
+        self.name = name
+        self._tables = tables
+        seen: dict[tuple[Path, int], tuple[str, layouts.Row]] = {}
+        for set_name, table in tables.items():
+            for row in table.rows:  # a picture that several sets or rows share counts once
+                seen.setdefault((row.path, row.frame), (set_name, row))
+        self._rows = list(seen.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def title(self, number: int) -> str:
+        """The set and the picture's name in it."""
+        set_name, row = self._rows[number]
+        return f"{set_name}/{row.key}"
+
+    def read(self, number: int, *, hashed: bool = False) -> list[Item]:
+        """One picture."""
+        set_name, row = self._rows[number]
+        array = self._tables[set_name].array
+        if array is not None:
+            digest = hashlib.sha256(array[row.frame].tobytes()).hexdigest() if hashed else ""
+            return [Item(id=self.title(number), data=array[row.frame], sha256=digest, frame=row.frame)]
+        digest = files.file_sha256(row.path) if hashed and row.path.is_file() else ""
+        p = medical.read(row.path)[0]
+        return [
+            Item(
+                id=self.title(number),
+                data=p.data,
+                sha256=f"{digest}#{p.frame}" if digest and p.frames > 1 else digest,
+                file=str(row.path),
+                frame=p.frame,
+                modality=p.modality,
+            )
+        ]
+
+    def fingerprint(self) -> str:
+        """The names of the pictures and the digests of the lists."""
+        lists = {k: t.sha256 for k, t in self._tables.items()}
+        rows = [(name, str(r.path), r.frame) for name, r in self._rows]
+        return hashlib.sha256(repr((lists, rows)).encode(errors="surrogateescape")).hexdigest()
+
+
+def open_place(place: str | Path, **options: Any) -> Files | Records:
+    """Records where there are some (`ROOT` or `ROOT@SPLIT`), else files.
+
+    Args:
+        place: a folder or file.
+        options: `window` and `slices` of `Files`.
+
+    Raises:
+        UsageError: for a place that does not exist.
+        DataError: when there is no picture.
+    """
+    folder, at, _ = str(place).rpartition("@")
+    for root in (str(place), folder if at else ""):
+        if root and Path(root).is_dir() and shards.find_sources(root):
+            return Records(place)
+    if not Path(place).exists():
+        raise UsageError(f"no file or folder {place}", "records, ROOT@SPLIT, or a folder of pictures")
+    return Files([place], **options)
+
+
+def suite(
+    name: str, data_root: str | Path, *, wanted: Sequence[str] = (), annotations: str | Path = ""
+) -> tuple[SuiteSets, list[dict[str, str]]]:
+    """The pictures of the sets of a suite that are there, and what is wrong with the others.
+
+    Args:
+        name: of the suite, or its JSON file.
+        data_root: the folder of its sets.
+        wanted: only these sets.
+        annotations: lists that the original's repository holds.
+
+    Returns:
+        The inputs, and {set, reason, remedy} of each set that cannot be read.
+
+    Raises:
+        UsageError: for an unknown suite or set.
+        DataError: when no set can be read.
+    """
+    from unimed_jax.errors import UnimedError
+    from unimed_jax.evaluate import suites
+
+    tables, failed = {}, []
+    for s in suites.load(name).choose(wanted).sets:
+        try:
+            tables[s.name] = layouts.read(
+                s, None, Path(data_root), Path(annotations) if annotations else None
+            )
+        except UnimedError as e:
+            failed.append({"set": s.name, "reason": e.cause, "remedy": e.remedy})
+    if not tables:
+        raise DataError(f"none of the {len(failed)} data sets can be read, the first: {failed[0]['reason']}")
+    return SuiteSets(f"suite {suites.load(name).name}", tables), failed

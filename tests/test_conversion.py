@@ -248,6 +248,73 @@ def test_force_deletes_only_what_a_conversion_wrote(native, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_no_part_of_the_source_is_overwritten(native, tmp_path):
+    vision, whole = tmp_path / "vision", tmp_path / "oc"
+    convert(Request(src=native, dst=vision, to="hf-vision"))
+    convert(Request(src=native, dst=whole, to="openclip"))
+    run = tmp_path / "run"
+    shutil.copytree(native, run / "model")
+    links, blobs = tmp_path / "links", tmp_path / "blobs"  # as the hub's cache lies on the disk
+    blobs.mkdir()
+    shutil.copytree(vision, links)
+    os.replace(links / "model.safetensors", blobs / "abc")
+    (links / "model.safetensors").symlink_to(blobs / "abc")
+    before = contents(tmp_path)
+    for src, dst, to in (
+        (vision, vision / "model.safetensors", "native"),
+        (whole, whole / "open_clip_model.safetensors", "unimed"),
+        (run, run / "model", "native"),
+        (f"{run}@5", run / "model", "native"),
+        (links / "model.safetensors", links, "hf-vision"),
+    ):
+        with pytest.raises(UsageError, match="would be overwritten"):
+            convert(Request(src=src, dst=dst, to=to, force=True))
+    assert contents(tmp_path) == before
+    convert(Request(src=whole, dst=whole / "native"))  # a new folder below it takes nothing away
+    convert(Request(src=whole, dst=whole / "native", force=True))
+
+
+def test_folders_that_no_conversion_may_replace(native, tmp_path, monkeypatch):
+    convert(Request(src=native, dst=tmp_path / "vision", to="hf-vision"))
+    full = tmp_path / "full.safetensors"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path / "empty")
+    for src, dst, why in (
+        (tmp_path / "vision", full, "holds 'notes.txt'"),
+        (native, tmp_path / "link", "is a link"),
+        (native, Path("."), "is no name of a folder"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            convert(Request(src=src, dst=dst, force=True))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ["native", "openclip", "unimed"])
+def test_what_appears_while_a_conversion_runs_stays(native, tmp_path, monkeypatch, to):
+    dst = tmp_path / "out"
+    sync = os.fsync
+
+    def somebody_else_writes(fd):
+        dst.mkdir(exist_ok=True)
+        (dst / "theirs.txt").write_text("x")
+        sync(fd)
+
+    if to == "unimed":
+        real = torch.save
+        monkeypatch.setattr(torch, "save", lambda *a: (dst.write_text("theirs"), real(*a)))
+    else:
+        monkeypatch.setattr(os, "fsync", somebody_else_writes)
+    with pytest.raises(UsageError, match="exists"):
+        convert(Request(src=native, dst=dst, to=to))
+    kept = {"out": b"theirs"} if to == "unimed" else {"out/theirs.txt": b"x"}
+    assert contents(tmp_path).items() >= kept.items()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
 def test_the_card_beside_a_file_overwrites_nothing_unasked(native, tmp_path):
     (tmp_path / "w.pt.md").write_text("my notes")
     with pytest.raises(UsageError, match=r"w.pt.md exists"):

@@ -112,16 +112,17 @@ def convert(request: Request, tell: Tell = lambda line: None) -> Converted:
 
 def _refuse_target(r: Request) -> None:
     """Before any work: nothing that is there is ever overwritten unasked, and the source least of all."""
-    src, dst = Path(str(r.src)).resolve(), Path(r.dst).resolve()
-    if src.exists() and (src == dst or src.is_relative_to(dst)):
+    dst = Path(r.dst)
+    if dst.exists() and _holds_source(r):
         raise UsageError(
-            f"{r.src} would be overwritten: it is the target, or inside it", "choose another target"
+            f"{r.src} would be overwritten: it is the target, or inside it, or the target is a part of it",
+            "choose another target",
         )
     if r.to in outputs.WRITERS:
-        outputs.refuse_target(r.to, Path(r.dst), force=r.force)
-    elif Path(r.dst).suffix != ".safetensors":
-        files.refuse_folder(Path(r.dst), model_folder.OWN_FILES, force=r.force, what="model folder")
-    elif os.path.lexists(r.dst) and not r.force:
+        outputs.refuse_target(r.to, dst, force=r.force)
+    elif dst.suffix != ".safetensors" or dst.is_dir():
+        files.refuse_folder(dst, model_folder.OWN_FILES, force=r.force, what="model folder")
+    elif os.path.lexists(dst) and not r.force:
         raise UsageError(f"{r.dst} exists", "choose another target, or --force to replace it")
     card_file = _card_file(r)
     if card_file and card_file.is_dir():
@@ -130,6 +131,22 @@ def _refuse_target(r: Request) -> None:
         raise UsageError(
             f"{card_file} exists: the model card goes there", "choose another target, or --force"
         )
+
+
+def _holds_source(r: Request) -> bool:
+    """Whether a target that exists is the source, holds it, or is one of its files or folders."""
+    text = str(r.src)
+    run, _, step = text.rpartition("@")
+    text = run if run and step.isdigit() and not os.path.lexists(text) else text
+    for place in (os.path.abspath, os.path.realpath):  # as it was named, and where links lead
+        src, dst = Path(place(text)), Path(place(r.dst))
+        if os.path.lexists(src) and (src == dst or src.is_relative_to(dst)):
+            return True
+        # Folders below a source are its own only in a run; others may well be made there.
+        parts = {src / "model", src / "checkpoints"}
+        if src in dst.parents and (dst.is_file() or parts & {dst, *dst.parents}):
+            return True
+    return False
 
 
 def _card_file(r: Request) -> Path | None:
@@ -225,6 +242,7 @@ def _tower(r: Request, found: source.Source, done: Converted, tell: Tell) -> Con
         _write(r, found.model, params, None, lambda: origin, done, tell)
         return done
     about = {tower: config.to_dict(getattr(found.model, tower)), "origin": dataclasses.asdict(origin)}
+    _refuse_target(r)  # again: reading took its time
     native.save_tower({tower: params[tower]}, r.dst, about)
     done.wrote = [Path(r.dst)]
     tell(f"wrote   {r.dst}")

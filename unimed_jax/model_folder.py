@@ -8,6 +8,7 @@ encoded) and `README.md`, the model card. Files and folders of other libraries a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -316,14 +317,15 @@ def save(
         DataError: for weights that do not fit the architecture, and when the disk is full.
     """
     folder = Path(folder)
-    files.refuse_folder(folder, OWN_FILES, force=force, what="model folder")
+    refuse = functools.partial(files.refuse_folder, folder, OWN_FILES, force=force, what="model folder")
+    refuse()
     good = checked(_leaves(params), cfg, str(folder))
     if jax.process_index() != 0:
         for _ in good:  # gathering a leaf is the work of all processes
             pass
         return folder
     shapes = {k: tuple(v.shape) for k, v in clip.flatten(clip.skeleton(cfg)[1]).items()}
-    with files.swapped(folder) as beside:
+    with files.swapped(folder, refuse) as beside:
         beside.mkdir()
         digest = write_safetensors(beside / WEIGHTS, shapes, good, {"format": FORMAT})
         if tokenizer is not None:

@@ -6,6 +6,7 @@ bit for bit together with the architecture, and only then renamed.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -171,8 +172,9 @@ def write(
         DataError: for weights that do not fit the architecture, a full disk, or a file that does not read back equal.
     """
     writer, dst = writer_for(to, m), Path(dst)
-    refuse_target(to, dst, force=force)
-    with files.swapped(dst) as beside:
+    refuse = functools.partial(refuse_target, to, dst, force=force)
+    refuse()
+    with files.swapped(dst, refuse) as beside:
         if writer.is_file:
             _save_torch(beside, params, m, facts or {})
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,8 +27,12 @@ def refuse_folder(folder: Path, own: Collection[str], *, force: bool, what: str)
     Raises:
         UsageError: naming what is in the way.
     """
+    if folder.name in ("", ".."):  # the root, or a folder that somebody stands in: nothing takes its place
+        raise UsageError(f"{str(folder)!r} is no name of a folder to make", "give a folder by its name")
     if not os.path.lexists(folder):
         return
+    if folder.is_symlink():
+        raise UsageError(f"{folder} is a link, {what} is a folder", "give the folder itself")
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file, {what} is a folder", "choose another place")
     if not force:
@@ -42,8 +46,14 @@ def refuse_folder(folder: Path, own: Collection[str], *, force: bool, what: str)
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, refuse: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A path beside the target, for a file or folder to be made there; it takes the target's place when the block ends.
+
+    A file only ever replaces a file or a link, a folder only a folder.
+
+    Args:
+        target: its final place.
+        refuse: called at the last moment; raises when something appeared at the target that must stay.
 
     Raises:
         OSError: when that fails; then the target is as it was.
@@ -51,14 +61,16 @@ def replacing(target: Path) -> Iterator[Path]:
     beside, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         yield beside
-        if not target.is_dir() or target.is_symlink():
-            os.replace(beside, target)
+        refuse()
+        if not beside.is_dir() or not target.is_dir() or target.is_symlink():
+            os.replace(beside, target)  # fails when one is a folder and the other is not
             return
         os.replace(target, old)  # a folder cannot be replaced in one step
         try:
             os.replace(beside, target)
-        except OSError:
-            os.replace(old, target)
+        except BaseException:
+            if not os.path.lexists(target):
+                os.replace(old, target)
             raise
         remove(old)
     finally:
@@ -66,7 +78,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def swapped(target: Path) -> Iterator[Path]:
+def swapped(target: Path, refuse: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """`replacing`, with the target's folder made where it is missing, and one line when it cannot be written.
 
     Raises:
@@ -74,7 +86,7 @@ def swapped(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as beside:
+        with replacing(target, refuse) as beside:
             yield beside
     except OSError as e:
         raise DataError(f"{target} cannot be written: {e.strerror or e}", "free space or check rights") from e

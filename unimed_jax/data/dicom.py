@@ -17,7 +17,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,18 @@ class Picture:
     """One picture of a file, ready for `images.eval_image`."""
 
     data: bytes | UInt8[np.ndarray, "..."]  # an ordinary image file as it is, else u8[h w] or u8[h w 3]
-    kind: str  # dicom | nifti | image
+    kind: str  # dicom | nifti | image | slide
     frame: int = 0
     frames: int = 1
     modality: str = ""  # DICOM's two letters, when they are one of the known
     window: str = ""  # which rule made the gray values
     inverted: bool = False  # MONOCHROME1
+    corner: tuple[int, int] | None = None  # (x, y) of a slide's tile, in pixels of its finest level
     where: str = ""  # what to call it in an error
+
+    def facts(self) -> Picture:
+        """Itself without the pixels."""
+        return replace(self, data=b"")
 
     def square(self, size: int) -> UInt8[np.ndarray, "size size 3"]:
         """The evaluation picture of `images.eval_image`.
@@ -131,7 +136,7 @@ def frames(
     pydicom = need("pydicom")
     with no_identifiers():
         try:
-            inflated = _refuse_bomb(path, pydicom)
+            inflated = inflated_bytes(path, pydicom)
             with hold(inflated):
                 ds = _header_of(path, pydicom)
                 count = _refuse_unpictured(path.name, ds)
@@ -274,11 +279,11 @@ def _refuse_unpictured(name: str, ds: Any) -> int:
     return frames
 
 
-def _refuse_bomb(path: Path, pydicom: Any) -> int:
-    """A deflated file may hold a thousand times its size, and is inflated whole: measure it in small pieces first.
+def inflated_bytes(path: Path, pydicom: Any) -> int:
+    """What a deflated file, which may hold a thousand times its size and is inflated whole, takes; else 0.
 
-    Returns:
-        Bytes of the inflated file; 0 for a file that is not deflated.
+    Raises:
+        DataError: beyond the limit, found by inflating it in small pieces.
     """
     with path.open("rb") as f:
         if f.read(132)[128:] != b"DICM":

@@ -15,6 +15,7 @@ MAX_IMAGE_PIXELS = 64_000_000  # pixels of one picture, as stored and as resized
 # Of one slice of a volume or gray DICOM frame, which is computed in float64; the largest mammograms have 27 million.
 MAX_GRAY_PIXELS = 32_000_000
 MAX_FILE_BYTES = 512 * 2**20  # bytes of one source file
+MAX_DECODING_BYTES = 2**30  # memory of what is decoded at once; one picture may exceed it, and is then alone
 MAX_FRAMES = 4096  # frames read from one medical file
 MAX_RECORD_BYTES = 64 * 2**20  # bytes of one record
 MAX_CAPTIONS = 256  # captions of one record

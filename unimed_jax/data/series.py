@@ -1,0 +1,117 @@
+"""DICOM files that are slices of one volume, found by their headers (extra `medical`).
+
+A scanner writes a file for each slice. Files of one series (and study, patient and frame of reference) with the same
+size and orientation are a volume when their positions differ, or, for sectional modalities without positions, when
+they are numbered. Radiographs, which share a series without being slices, stay pictures of their own. Header values
+are compared and forgotten: none leaves this module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unimed_jax.data import dicom, medical
+
+_SECTIONAL = frozenset(["CT", "MR", "PT", "NM"])
+_TAGS = [
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "PatientID",
+    "Modality",
+    "NumberOfFrames",
+    "InstanceNumber",
+    "Rows",
+    "Columns",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    key: tuple[Any, ...]  # equal for the slices of one volume
+    sectional: bool
+    position: float | None  # mm along the normal of the slice
+    number: int | None
+
+
+def volumes(files: Sequence[Path], *, threads: int = 4) -> list[tuple[Path, ...]]:
+    """The files, those of one volume together and from its first slice to its last.
+
+    Ordered by position along the normal of the slices, then by instance number, then by name.
+
+    Args:
+        files: any files; all but single-frame DICOM stay alone, also those whose header cannot be read.
+        threads: headers read in parallel.
+
+    Returns:
+        Tuples of files, in the order of the first file of each.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="series") as pool:
+        found = list(pool.map(_slice, files))
+    together: dict[Any, list[int]] = {}
+    for i, s in enumerate(found):
+        together.setdefault(i if s is None else s.key, []).append(i)
+    out: list[tuple[int, tuple[Path, ...]]] = []
+    for members in together.values():
+        order = _order([(i, found[i]) for i in members]) if len(members) > 1 else None
+        if order:
+            out.append((members[0], tuple(files[i] for i in order)))
+        else:
+            out += [(i, (files[i],)) for i in members]
+    return [v for _, v in sorted(out, key=lambda v: v[0])]
+
+
+def _order(members: Sequence[tuple[int, Any]]) -> list[int] | None:
+    """The slices in anatomical order; None when they are no volume."""
+    placed = all(s.position is not None for _, s in members)
+    if placed and len({s.position for _, s in members}) > 1:
+        key = lambda m: (m[1].position, m[1].number or 0, m[0])
+    elif all(s.sectional and s.number is not None for _, s in members) and len(
+        {s.number for _, s in members}
+    ) == len(members):
+        key = lambda m: m[1].number
+    else:
+        return None
+    return [i for i, _ in sorted(members, key=key)]
+
+
+def _slice(path: Path) -> _Slice | None:
+    """What the header says about the place of a single frame; None for anything else."""
+    try:
+        with path.open("rb") as f:
+            head = f.read(132)
+        if not medical.is_dicom(path, head):
+            return None
+        pydicom = dicom.need("pydicom")
+        with dicom.no_identifiers():
+            if dicom.inflated_bytes(path, pydicom):
+                return None  # reading its header would inflate it whole
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
+            return _place(ds)
+    except Exception:  # no file, no pydicom, a damaged header: reading the picture will say so
+        return None
+
+
+def _place(ds: Any) -> _Slice | None:
+    series = str(ds.get("SeriesInstanceUID") or "")
+    if not series or int(ds.get("NumberOfFrames", 1) or 1) != 1:
+        return None
+    turned = [float(v) for v in ds.get("ImageOrientationPatient") or ()]
+    corner = [float(v) for v in ds.get("ImagePositionPatient") or ()]
+    position = None
+    if len(turned) == 6 and len(corner) == 3 and all(map(math.isfinite, turned + corner)):
+        (a, b, c), (d, e, f) = turned[:3], turned[3:]
+        normal = (b * f - c * e, c * d - a * f, a * e - b * d)
+        position = round(sum(n * x for n, x in zip(normal, corner, strict=True)), 3)
+    number = ds.get("InstanceNumber")
+    ids = (str(ds.get(k) or "") for k in ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID"))
+    key = (series, *ids, ds.get("Rows"), ds.get("Columns"), tuple(round(v, 2) for v in turned))
+    modality = str(ds.get("Modality", ""))
+    return _Slice(key, modality in _SECTIONAL, position, None if number in (None, "") else int(number))

@@ -32,7 +32,7 @@ ROWS = [
 NO_DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "tensorflow"}
 DEVICE_FREE = (
     *("data", "config", "config_rules", "errors", "evaluate.metrics", "evaluate.tasks"),
-    *("evaluate.multilabel", "evaluate.multilabel_metrics"),
+    *("evaluate.multilabel", "evaluate.multilabel_metrics", "evaluate.calibration", "evaluate.calibration_fit"),
     *("evaluate.suites", "evaluate.layouts", "evaluate.suite_prompts", "evaluate.suite_results"),
 )
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+import small_model
+from PIL import Image
 from sklearn import metrics as oracle
 
 from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import multilabel, multilabel_metrics, tasks
+from unimed_jax.evaluate import calibrate, multilabel, multilabel_metrics, stored, tasks, zeroshot
 
 PAIRS = {
     "effusion": {"positive": ["effusion"], "negative": ["no effusion", "clear"]},
@@ -161,7 +164,7 @@ def test_the_probability_is_the_softmax_over_the_pair():
     for j, pair in enumerate(t.findings.values()):
         sides = [unit(np.mean([vectors[p] for p in side], 0)) for side in (pair.positive, pair.negative)]
         odds = np.exp(20.0 * z @ np.stack(sides).T)
-        np.testing.assert_allclose(got[:, j], odds[:, 0] / odds.sum(1), atol=1e-12)
+        np.testing.assert_allclose(got[:, j], odds[:, 0] / odds.sum(1), atol=1e-6)
 
 
 # ---- metrics
@@ -251,3 +254,90 @@ def test_shapes_and_probabilities_are_checked():
     ):
         with pytest.raises(DataError, match="metrics"):
             multilabel_metrics.findings(*args)
+
+
+# ---- the evaluator
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return small_model.loaded(tmp_path_factory.mktemp("vocabulary"), batch_size=8)
+
+
+class Records(list):
+    name = "list"
+
+
+def pictures(n: int) -> Records:
+    """Random pictures; every other one has an effusion, every third a nodule, three subjects each."""
+    out = Records()
+    for i in range(n):
+        image = io.BytesIO()
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (36, 40, 3), dtype=np.uint8)).save(
+            image, "PNG"
+        )
+        labels = (("finding:effusion",) if i % 2 else ()) + (("finding:nodule",) if i % 3 == 0 else ())
+        fields = {"key": f"list/{i}", "image": image.getvalue(), "modality": "X-ray", "patient": f"p{i // 3}"}
+        out.append(Example(**fields, labels=labels or ("finding:normal",)))
+    return out
+
+
+def test_an_evaluation_has_both_kinds_and_a_calibration_belongs_to_it(tiny, tmp_path):
+    t = task(none=("normal",), where={"modality": ("X-ray",)}, metric="average_precision")
+    single = tasks.Task(name="kind", classes={"X-ray": ("x-ray",), "CT": ("ct",)})
+    records = pictures(36)
+    first = zeroshot.evaluate(tiny, records, t, resamples=0).findings[0].margins
+    high = (first > np.median(first, 0)) ^ (np.arange(36) % 5 == 0)[:, None]  # something to find, with errors
+    for i, e in enumerate(records):
+        labels = [f"finding:{k}" for k, yes in zip(t.findings, high[i], strict=True) if yes]
+        records[i] = dataclasses.replace(e, labels=tuple(labels) or ("finding:normal",))
+    found = zeroshot.evaluate(tiny, records, [t, single], resamples=20)
+    f = found.findings[0]
+    assert [x.task.name for x in found.tasks] == ["kind"]
+    vectors = dict(zip(t.prompts, tiny.encode_text(t.prompts), strict=True))
+    z = tiny.encode_image([Image.open(io.BytesIO(e.image)) for e in records])
+    np.testing.assert_allclose(f.margins, multilabel.margins(t, z, vectors, tiny.logit_scale), atol=1e-3)
+    y = f.truth[:, 0]
+    assert f.metrics.findings["effusion"].values["auroc"].value == pytest.approx(
+        oracle.roc_auc_score(y, f.margins[:, 0])
+    )
+    assert found.figures()["eval/chest"] == f.main.value
+    found.save(tmp_path / "a")
+    again = stored.scored_findings("chest", stored.findings(tmp_path / "a")["chest"], ["effusion", "nodule"])
+    np.testing.assert_allclose(again.margins, f.margins, rtol=1e-8)
+    np.testing.assert_array_equal(again.truth, f.truth)
+    np.testing.assert_array_equal(again.subjects, np.arange(36) // 3)
+    text = (tmp_path / "a/results.md").read_text()
+    assert "chest: mean" in text
+    assert f"| nodule | 36 | {high[:, 1].sum()} |" in text
+    fitted = calibrate.from_results(tmp_path / "a", ["chest"], resamples=5)
+    with pytest.raises(DataError, match="36 of 36 records were used to fit"):
+        zeroshot.evaluate(tiny, records, t, resamples=0, calibrated=fitted)
+    with pytest.raises(UsageError, match="nothing for kind"):
+        zeroshot.evaluate(tiny, records, single, resamples=0, calibrated=fitted)
+    flattering = zeroshot.evaluate(tiny, records, t, resamples=5, calibrated=fitted, in_sample=True)
+    after = flattering.findings[0]
+    assert after.calibrated["fitted_here"] == 36
+    assert "f1_chosen" in after.metrics.values
+    assert after.metrics.values["auroc"].value == pytest.approx(f.metrics.values["auroc"].value)
+    flattering.save(tmp_path / "b")
+    assert "IN SAMPLE" in (tmp_path / "b/results.md").read_text()
+    with pytest.raises(DataError, match="calibrated already"):
+        calibrate.from_results(tmp_path / "b")
+    with pytest.raises(UsageError, match="has no task 'x'"):
+        calibrate.from_results(tmp_path / "a", ["x"])
+    assert zeroshot.evaluate(tiny, records, single, resamples=0).findings == []
+
+
+def test_a_damaged_list_of_findings_is_refused(tiny, tmp_path):
+    t = task(none=("normal",))
+    zeroshot.evaluate(tiny, pictures(4), t, resamples=0).save(tmp_path)
+    rows = stored.findings(tmp_path)["chest"]
+    for bad in (
+        rows[:-1],
+        rows[::-1],
+        [rows[0] | {"truth": "2"}, *rows[1:]],
+        [rows[0] | {"margin": "x"}, *rows[1:]],
+    ):
+        with pytest.raises(DataError, match=r"findings.csv is damaged"):
+            stored.scored_findings("chest", bad, ["effusion", "nodule"])

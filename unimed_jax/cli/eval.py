@@ -21,14 +21,16 @@ _ONLY_SUITE = (
 
 def _parser() -> Parser:
     from unimed_jax.cli import frozen, suite
-    from unimed_jax.evaluate import tasks
+    from unimed_jax.evaluate import multilabel, tasks
 
     parser = Parser("unimed-jax eval", description="Zero-shot classification with 95 % intervals by subject.")
     parser.add_argument("--model", required=True, metavar="M", help="model folder or run folder")
     parser.add_argument("--data", default="", metavar="DIR", help="records: a root of sources, or one source")
     parser.add_argument("--split", default="test", help="of every source")
     parser.add_argument(
-        "--tasks", default="modality", help=f"names or JSON files: {', '.join(tasks.names())}"
+        "--tasks",
+        default="modality",
+        help=f"names or JSON files: {', '.join([*tasks.names(), *multilabel.names()])}",
     )
     parser.add_argument(
         "--sources", default="", metavar="A,B", help="only these sources; default: all with the split"
@@ -41,6 +43,10 @@ def _parser() -> Parser:
         "--ci", type=int, default=1000, metavar="N", help="bootstrap resamples; 0 = no intervals"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the resampling")
+    parser.add_argument("--calibration", default="", metavar="FILE", help="of unimed-jax calibrate")
+    parser.add_argument(
+        "--in-sample", action="store_true", help="it may have been fitted on these records; results say so"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at once, over all devices")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation"
@@ -64,6 +70,10 @@ def run(argv: list[str]) -> int:
     out = Path(args.out)
     if (out / "results.json").exists() and not args.force and not beyond:
         raise UsageError(f"{out} holds results already", "choose another --out, or --force to replace them")
+    if args.in_sample and not args.calibration:
+        raise UsageError("--in-sample belongs to --calibration", "leave it out")
+    if args.calibration and beyond:
+        raise UsageError("--calibration is for zero-shot scores", "leave it out with --retrieval and --probe")
     if bool(args.data) == bool(args.suite):
         raise UsageError("eval takes records or a suite", "give one of --data DIR and --suite NAME")
     if args.suite:
@@ -82,16 +92,16 @@ def run(argv: list[str]) -> int:
     names = [s for s in args.sources.split(",") if s]
     if beyond:
         return frozen.run(args, lambda split: _sources(Path(args.data), split, names))
-    from unimed_jax.evaluate import report, tasks
+    from unimed_jax.evaluate import calibration, report, zeroshot
 
-    chosen = [tasks.load(name) for name in args.tasks.split(",") if name]
+    chosen = [zeroshot.load(name) for name in args.tasks.split(",") if name]
+    calibrated = calibration.load(args.calibration) if args.calibration else None
     if args.report:
         report.require()
     sources = _sources(Path(args.data), args.split, names)
 
     from unimed_jax import config, infer, parallel
     from unimed_jax.cli.progress import Progress
-    from unimed_jax.evaluate import zeroshot
 
     mesh = parallel.make_mesh(config.Mesh())
     model = infer.load(args.model, mesh=mesh, batch_size=args.batch_size, dtype=args.dtype)
@@ -100,14 +110,23 @@ def run(argv: list[str]) -> int:
         print(f"data    {', '.join(f'{s.name} {len(s)} {s.split} records' for s in sources)}")
     with Progress("embed", "img") as progress:
         found = zeroshot.evaluate(
-            model, sources, chosen, resamples=args.ci, seed=args.seed, threads=args.threads, progress=progress
+            model,
+            sources,
+            chosen,
+            resamples=args.ci,
+            seed=args.seed,
+            threads=args.threads,
+            calibrated=calibrated,
+            in_sample=args.in_sample,
+            progress=progress,
         )
     found.save(out, force=args.force)
     if args.report:
         report.write(report.from_run(out), out / "report.html")
     print(json.dumps(found.json(), indent=1) if args.json else _table(found))
     if not args.json:
-        print(f"wrote   {out}/results.json .md .csv predictions.csv{' report.html' if args.report else ''}")
+        more = " findings.csv" * bool(found.findings) + " report.html" * args.report
+        print(f"wrote   {out}/results.json .md .csv predictions.csv{more}")
         print("note    research use only, not a medical device")
     return 0
 
@@ -139,6 +158,8 @@ def _sources(root: Path, split: str, names: list[str]) -> list[Shards]:
 
 def _table(found: Results) -> str:
     """The results in columns, references below their task."""
+    from unimed_jax.evaluate import columns, results
+
     head = ("task", "n", "subjects", "metric", "value", "95% CI", "chance", "prompts")
     rows: list[tuple[str, ...]] = [head]
     for t in found.tasks:
@@ -150,7 +171,16 @@ def _table(found: Results) -> str:
             ours = name == t.task.name
             tail = (f"{t.task.chance:.3f}", f"{t.task.shape()} {t.task.digest[:8]}") if ours else ("", "")
             rows.append((name, str(m.n), str(m.subjects), metric, value, interval, *tail))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    notes = [f"note    {t.task.name}: {n}" for t in found.tasks for n in t.metrics.notes]
-    return "\n".join([*lines, *notes])
+    for t in found.findings:
+        interval = t.main.reason if t.main.low is None else f"[{t.main.low:.3f} {t.main.high:.3f}]"
+        value, chance = ("-" if x is None else f"{x:.3f}" for x in (t.main.value, t.chance))
+        figures = (t.task.metric, value, interval, chance, f"{t.task.shape()} {t.task.digest[:8]}")
+        rows.append((t.task.name, str(t.metrics.n), str(t.metrics.subjects), *figures))
+    lines = columns.aligned(rows)
+    for t in found.findings:
+        lines += ["", *columns.aligned(t.table()), ""]
+    every = (*found.tasks, *found.findings)
+    lines += [f"note    {t.task.name}: {n}" for t in every for n in t.metrics.notes]
+    return "\n".join(
+        lines + [f"calibr. {t.task.name}: {c}" for t in every for c in results.change(t.calibrated)]
+    )

@@ -115,7 +115,9 @@ def _list(models: list[dict[str, Any]], *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(models, indent=1))
         return 0
-    columns = (
+    from unimed_jax.evaluate import columns
+
+    head = (
         "name",
         "parameters",
         "vision",
@@ -142,9 +144,7 @@ def _list(models: list[dict[str, Any]], *, as_json: bool) -> int:
         )
         for f in models
     ]
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(columns.aligned([head, *rows])))
     return 0
 
 

@@ -165,6 +165,7 @@ def _plan(found: Collected) -> str:
 
 def _table(done: SuiteResults) -> str:
     """The sets, the averages and the notes in columns."""
+    from unimed_jax.evaluate import columns
     from unimed_jax.evaluate.suite_results import number, published_lines, spread, words
 
     rows = [("set", "modality", "n", "subjects", "metric", "value", "95% CI")]
@@ -183,8 +184,7 @@ def _table(done: SuiteResults) -> str:
         for name, mean in groups.items():
             of = f"{mean['sets']} sets"
             rows.append((f"mean {name}", "", of, "", words(metric), number(metric, mean["value"]), ""))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    lines = columns.aligned(rows)
     for s in done.sets:
         if s.sensitivity:
             lines.append(f"prompts {s.data_set.name}: one prompt a class {spread(s.sensitivity)}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from unimed_jax.errors import DataError
-from unimed_jax.evaluate import metrics, results, tallies
+from unimed_jax.evaluate import columns, metrics, results, stored, tallies
 
 FORMAT, VERSION = "unimed_jax.comparison", 1
 _AGAIN = "evaluate both again on the same records"
@@ -39,16 +37,16 @@ def folders(
         DataError: when a folder has no results or no scores, no task is in both, or a task's classes, records, labels
             or subjects are not the same.
     """
-    stored = [results.read(folder) for folder in (this, other)]
-    rows = [_predictions(Path(folder)) for folder in (this, other)]
-    ours, theirs = ({t["name"]: t for t in s["tasks"]} for s in stored)
+    heads = [results.read(folder) for folder in (this, other)]
+    rows = [stored.predictions(folder) for folder in (this, other)]
+    ours, theirs = ({t["name"]: t for t in s["tasks"]} for s in heads)
     shared = [name for name in ours if name in theirs]
     if not shared:
         raise DataError(
             f"no task is in both {this} ({', '.join(ours)}) and {other} ({', '.join(theirs)})",
             "evaluate both with the same --tasks",
         )
-    settings = stored[0]["settings"]
+    settings = heads[0]["settings"]
     draws = {
         "resamples": settings["resamples"] if resamples is None else resamples,
         "seed": settings["seed"] if seed is None else seed,
@@ -57,8 +55,8 @@ def folders(
         "format": FORMAT,
         "version": VERSION,
         "use": results.USE,
-        "this": {"folder": str(this), "model": stored[0]["model"], "created": stored[0]["created"]},
-        "other": {"folder": str(other), "model": stored[1]["model"], "created": stored[1]["created"]},
+        "this": {"folder": str(this), "model": heads[0]["model"], "created": heads[0]["created"]},
+        "other": {"folder": str(other), "model": heads[1]["model"], "created": heads[1]["created"]},
         "settings": draws,
         "only_this": [name for name in ours if name not in theirs],
         "only_other": [name for name in theirs if name not in ours],
@@ -79,13 +77,11 @@ def table(found: Mapping[str, Any]) -> str:
         low = v.get("reason", "") if v["low"] is None else f"[{v['low']:+.3f} {v['high']:+.3f}]"
         numbers = (figure(v["this"]), figure(v["other"]), gap, low, str(t["n"]), str(t["subjects"]))
         lines.append((t["name"], t["metric"], *numbers))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     notes = [f"note    {t['name']}: {note}" for t in found["tasks"] for note in t["notes"]]
     for where in ("this", "other"):
         if found[f"only_{where}"]:
             notes.append(f"note    only in {where}: {', '.join(found[f'only_{where}'])}")
-    return "\n".join([*text, *notes])
+    return "\n".join([*columns.aligned(lines), *notes])
 
 
 def paired(
@@ -152,17 +148,11 @@ def _task(
     if classes != b["classes"]:
         raise DataError(f"task {name} has other classes in the two folders", _AGAIN)
     others = _aligned(name, rows, others)
-    logs = [_logs(name, r, len(classes)) for r in (rows, others)]
-    place = {results.cell(c): i for i, c in enumerate(classes)}
-    strange = [r["label"] for r in rows if r["label"] not in place]
-    if strange:
-        raise DataError(
-            f"task {name}: predictions.csv has the label {strange[0]!r}, which is no class", _AGAIN
-        )
-    subjects = tallies.codes([r["subject"] for r in rows])
+    mine, theirs = (stored.scored(name, r, classes) for r in (rows, others))
+    logs, subjects = [mine.log_scores, theirs.log_scores], mine.subjects
     found = paired(
         logs,
-        np.array([place[r["label"]] for r in rows], np.int64),
+        mine.labels,
         classes,
         subjects.tolist(),
         probabilities=[np.exp(x) for x in logs],
@@ -211,33 +201,4 @@ def _aligned(
     if (ours != theirs).any():
         key = rows[int((ours != theirs).argmax())]["key"]
         raise DataError(f"task {name}: record {key} belongs to other subjects here and there", _AGAIN)
-    return found
-
-
-def _logs(name: str, rows: Sequence[Mapping[str, str]], classes: int) -> Float[np.ndarray, "n c"]:
-    try:
-        logs = np.array([json.loads(r["log_scores"]) for r in rows], np.float64)
-    except (ValueError, TypeError):
-        logs = np.zeros(0)
-    if logs.shape != (len(rows), classes):
-        raise DataError(
-            f"task {name}: predictions.csv does not hold {classes} log_scores in each row", "evaluate again"
-        )
-    return logs
-
-
-def _predictions(folder: Path) -> dict[str, list[dict[str, str]]]:
-    """The rows of predictions.csv by task."""
-    path = folder / "predictions.csv"
-    try:
-        with path.open(encoding="utf-8", newline="") as f:
-            table = csv.DictReader(f)
-            lacking = [c for c in results.PREDICTED if c not in (table.fieldnames or ())]
-            found: dict[str, list[dict[str, str]]] = {}
-            for row in table:
-                found.setdefault(row["task"] if not lacking else "", []).append(row)
-    except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"{path} cannot be read ({type(e).__name__})", "unimed-jax eval writes one") from e
-    if lacking:
-        raise DataError(f"{path} has no column {lacking[0]!r}, an earlier version made it", "evaluate again")
     return found

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError
-from unimed_jax.evaluate import probe, results, retrieval, tallies, tasks, zeroshot
+from unimed_jax.evaluate import columns, probe, results, retrieval, tallies, tasks, zeroshot
 from unimed_jax.infer import Loaded
 
 HELD_OUT = 0.2  # share of the training subjects that choose C where there is no validation split
@@ -158,7 +158,7 @@ def hold_out(labels: Int[np.ndarray, "n"], groups: Sequence[Any]) -> np.ndarray:
 
 def table(found: Mapping[str, Any]) -> str:
     """What the command prints."""
-    return "\n".join("  ".join(c.ljust(w) for c, w in line).rstrip() for line in _widths(_lines(found)))
+    return "\n".join(columns.aligned(_lines(found)))
 
 
 def _lines(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -191,11 +191,6 @@ def _lines(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
         if s["sd"] is not None:
             lines.append((budget, "mean", "", "", f"{s['mean']:.3f} (sd {s['sd']:.3f})", "", ""))
     return [*lines, ("chance", "", "", "", f"{found['chance']:.3f}", "", "")]
-
-
-def _widths(lines: Sequence[Sequence[str]]) -> list[list[tuple[str, int]]]:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [list(zip(line, widths, strict=True)) for line in lines]
 
 
 def _split(

@@ -13,11 +13,20 @@ from typing import Any
 
 from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate import findings_results
+from unimed_jax.evaluate.findings_results import FindingsResult
 from unimed_jax.evaluate.metrics import ALL, TITLES, Metrics, Value
 from unimed_jax.evaluate.tasks import Task
 
 FORMAT, VERSION = "unimed_jax.results", 1
-FILES = ("results.json", "results.md", "results.csv", "predictions.csv", "examples.json")
+FILES = (
+    "results.json",
+    "results.md",
+    "results.csv",
+    "predictions.csv",
+    "examples.json",
+    findings_results.FILE,
+)
 USE = "Research use only, not a medical device."
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
 _COLUMNS = (
@@ -62,6 +71,7 @@ class TaskResult:
     predictions: list[Prediction] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)  # hits and misses with thumbnails
     references: dict[str, Metrics] = field(default_factory=dict)
+    calibrated: dict[str, Any] = field(default_factory=dict)  # by what, and the figures before and after
 
     @property
     def main(self) -> Value:
@@ -96,6 +106,7 @@ class TaskResult:
                 for name, r in self.references.items()
             },
             "chances": {k: m.chance(k) for k in m.values},
+            **({"calibration": self.calibrated} if self.calibrated else {}),
         }
 
 
@@ -109,10 +120,11 @@ class Results:
     settings: dict[str, Any]
     created: str  # UTC, ISO 8601
     tasks: list[TaskResult]
+    findings: list[FindingsResult] = field(default_factory=list)  # multi-label tasks
 
     def figures(self) -> dict[str, float]:
         """{"eval/TASK": value of its metric}; undefined ones are left out."""
-        found = {f"eval/{t.task.name}": t.main.value for t in self.tasks}
+        found = {f"eval/{t.task.name}": t.main.value for t in (*self.tasks, *self.findings)}
         return {k: v for k, v in found.items() if v is not None}
 
     def json(self) -> dict[str, Any]:
@@ -128,6 +140,7 @@ class Results:
             "data": self.data,
             "settings": self.settings,
             "tasks": [t.json() for t in self.tasks],
+            **({"findings": [t.json() for t in self.findings]} if self.findings else {}),
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -138,7 +151,13 @@ class Results:
                 values = m.values | ({"auroc_delong": m.delong} if m.delong else {})
                 values |= {f"recall: {k}": v for k, v in m.recall.items()}
                 out += [self._row(t, method, m, metric, v) for metric, v in values.items()]
-        return out
+        return out + [row for t in self.findings for row in self._finding_rows(t)]
+
+    def _finding_rows(self, t: FindingsResult) -> Iterable[dict[str, Any]]:
+        for finding, n, metric, v, chance in t.figures():
+            values = (f"{t.task.name}: {finding}", "model", metric, v.value, v.low, v.high, n)
+            hashes = (t.task.digest, self.model["sha256"], self.code["revision"])
+            yield dict(zip(_COLUMNS, (*values, t.metrics.subjects, chance, *hashes), strict=True))
 
     def _row(self, t: TaskResult, method: str, m: Metrics, metric: str, v: Value) -> dict[str, Any]:
         ours = method == "model"
@@ -160,14 +179,22 @@ class Results:
             )
             for reference, r in t.references.items():
                 rows.append((f"{name}: {reference}", f"{r.n}", metric, r.values[metric].text(), "", ""))
-        notes = [f"- {t.task.name}: {note}" for t in self.tasks for note in t.metrics.notes]
+        for t in self.findings:
+            name, m, chance = f"{t.task.name}: mean", t.metrics, "" if t.chance is None else f"{t.chance:.3f}"
+            prompts = f"{t.task.shape()} {t.task.digest[:8]}"
+            rows.append((name, f"{m.n} ({m.subjects})", t.task.metric, t.main.text(), chance, prompts))
+        every = (*self.tasks, *self.findings)
+        notes = [f"- {t.task.name}: {note}" for t in every for note in t.metrics.notes]
+        notes += [f"- {t.task.name}: calibrated, {words}" for t in every for words in change(t.calibrated)]
         notes += [
             f"- {t.task.name}: AUROC by DeLong {t.metrics.delong.text()}"
             for t in self.tasks
             if t.metrics.delong
         ]
         values = "All values; their intervals are in results.csv."
-        return "\n".join([head, "", *_lines(rows), "", values, "", *self._wide(), "", *notes]).rstrip() + "\n"
+        wide = self._wide() if self.tasks else []
+        each = [line for t in self.findings for line in ("", f"{t.task.name}:", "", *_findings_table(t))]
+        return "\n".join([head, "", *_lines(rows), "", values, "", *wide, *each, "", *notes]).rstrip() + "\n"
 
     def _wide(self) -> list[str]:
         """A column for every metric, without intervals: those would not fit."""
@@ -201,8 +228,13 @@ class Results:
             "results.md": self.markdown(),
             "results.json": json.dumps(self.json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         }
+        if self.findings:
+            rows = [r for t in self.findings for r in t.records()]
+            texts = {findings_results.FILE: to_csv(rows, findings_results.COLUMNS)} | texts
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if not self.findings:
+                (folder / findings_results.FILE).unlink(missing_ok=True)
             (folder / FILES[0]).unlink(
                 missing_ok=True
             )  # half-replaced files must not look like a whole result
@@ -233,6 +265,31 @@ def read(folder: str | Path) -> dict[str, Any]:
 
 def _lines(rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _findings_table(t: FindingsResult) -> list[str]:
+    head, *rest = t.table()
+    return _lines([head, ["---"] * len(head), *rest])
+
+
+def change(calibrated: Mapping[str, Any]) -> list[str]:
+    """What a calibration changed, in words; nothing where none was applied.
+
+    Example:
+        >>> side = lambda x: {"value": x, "low": None, "high": None}
+        >>> change({"figures": {"ece": {"before": side(0.2), "after": side(0.05)}}, "fitted_here": 0})
+        ['ECE 0.200 to 0.050']
+    """
+    if not calibrated:
+        return []
+    text = lambda v: Value(v["value"], v["low"], v["high"]).text()
+    sides = {_FIGURES[k]: v for k, v in calibrated["figures"].items() if v["before"]["value"] is not None}
+    out = ["; ".join(f"{k} {text(v['before'])} to {text(v['after'])}" for k, v in sides.items())]
+    same = calibrated["fitted_here"]
+    return out + ([f"IN SAMPLE: {same} of the records were used to fit"] if same else [])
+
+
+_FIGURES = {"ece": "ECE", "nll": "negative log-likelihood", "brier": "Brier score"}
 
 
 def cell(value: Any) -> Any:

@@ -72,6 +72,11 @@ class Task:
         """What guessing reaches: one over the classes, or one half for AUROC."""
         return 0.5 if self.metric == "auroc" else 1 / len(self.classes)
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Every text once, in order."""
+        return tuple(dict.fromkeys(p for prompts in self.classes.values() for p in prompts))
+
     def shape(self) -> str:
         """Classes and prompts a class, e.g. `6x8` or `3x4-6`."""
         counts = [len(p) for p in self.classes.values()]

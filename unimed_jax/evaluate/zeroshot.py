@@ -26,13 +26,22 @@ from unimed_jax.data import images
 from unimed_jax.data.pipeline import eval_batches
 from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import metrics, tallies, tasks
+from unimed_jax.evaluate import (
+    calibration,
+    calibration_fit,
+    findings_results,
+    metrics,
+    multilabel,
+    tallies,
+    tasks,
+)
 from unimed_jax.evaluate.results import Prediction, Results, TaskResult
 from unimed_jax.infer import Loaded
 from unimed_jax.train import run_folder
-from unimed_jax.vectors import ensemble, log_softmax, unit
+from unimed_jax.vectors import class_scores, ensemble, unit
 
 THUMBNAIL = 176  # pixels
+Wanted = str | Path | tasks.Task | multilabel.Findings
 
 
 class Pool:
@@ -76,16 +85,18 @@ class Pool:
 def evaluate(
     loaded: Loaded,
     sources: Any | Sequence[Any],
-    wanted: str | Path | tasks.Task | Sequence[str | Path | tasks.Task],
+    wanted: Wanted | Sequence[Wanted],
     *,
     resamples: int = 1000,
     seed: int = 0,
     threads: int = 4,
     references: Mapping[str, Mapping[str, metrics.Metrics]] | None = None,
     examples: int = 6,
+    calibrated: calibration.Calibration | None = None,
+    in_sample: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Results:
-    """Zero-shot classification of all tasks on all sources.
+    """Zero-shot classification of all tasks on all sources, those with several labels a picture too.
 
     Args:
         loaded: the model.
@@ -96,17 +107,20 @@ def evaluate(
         threads: decoding in parallel.
         references: task -> name -> metrics of something to compare with, copied into the results.
         examples: hits and misses kept with thumbnails, each.
+        calibrated: applied to the scores of every task.
+        in_sample: whether it may have been fitted on these records.
         progress: called with (done, all) records.
 
     Returns:
         Results, the same on every process.
 
     Raises:
-        UsageError: for an unknown task, or none.
-        DataError: for labels that are no class, duplicate keys, an empty selection, or a record that cannot be read.
+        UsageError: for an unknown task, or none; or a calibration of another model or other prompts.
+        DataError: for labels that are no class, duplicate keys, an empty selection, a record that cannot be read, or
+            records that the calibration was fitted on.
     """
-    one = isinstance(wanted, (str, Path, tasks.Task))
-    chosen = [tasks.load(t) for t in ([wanted] if one else wanted)]  # type: ignore[union-attr]
+    one = isinstance(wanted, (str, Path, tasks.Task, multilabel.Findings))
+    chosen = [load(t) for t in ([wanted] if one else wanted)]  # type: ignore[union-attr]
     names = [t.name for t in chosen]
     if not chosen or len(set(names)) < len(names):
         raise UsageError(
@@ -114,27 +128,65 @@ def evaluate(
         )
     pool = Pool([sources] if hasattr(sources, "name") else sources)
     facts = pool.facts()
-    picked = {t.name: tasks.select(t, facts) for t in chosen}
-    union = sorted(set().union(*picked.values()))
+    picked: dict[str, tuple[list[int], Any]] = {t.name: _truth(t, facts) for t in chosen}
+    fits = {
+        t.name: calibrated.for_task(t.name, t.digest, loaded.digest) if calibrated else None for t in chosen
+    }
+    union = sorted(set().union(*(indices for indices, _ in picked.values())))
     place = {index: row for row, index in enumerate(union)}
     prompts = prompt_embeddings(loaded, chosen)
     embeddings = embed(loaded, pool, union, threads=threads, progress=progress)
-    done = []
+    out = Results(**heading(loaded, describe(pool, len(union)), resamples, seed, calibrated), tasks=[])
     for t in chosen:
-        z = embeddings[[place[i] for i in picked[t.name]]]
-        mine = {i: facts[i] for i in picked[t.name]}
+        indices, truth = picked[t.name]
+        z, mine = embeddings[[place[i] for i in indices]], [facts[i] for i in indices]
         # Without a patient every record is its own subject.
-        groups = [e.patient if t.group == "patient" and e.patient else e.key for e in mine.values()]
-        keys, labels = [e.key for e in mine.values()], np.array(list(picked[t.name].values()), np.int64)
-        result = score(t, keys, labels, groups, z, prompts, loaded.logit_scale, resamples, seed)
+        groups = [e.patient if t.group == "patient" and e.patient else e.key for e in mine]
+        about = ([e.key for e in mine], truth, groups, z, prompts, loaded.logit_scale, resamples, seed)
+        fit = fits[t.name]
+        if isinstance(t, multilabel.Findings):
+            assert not isinstance(fit, calibration.Temperature)
+            out.findings.append(findings_results.score(t, *about, fit, in_sample))
+            continue
+        assert not isinstance(fit, calibration.Platt)
+        result = score(t, *about, fit, in_sample)
         result.references = dict((references or {}).get(t.name, {}))
-        subjects = [facts[i].patient or facts[i].key for i in picked[t.name]]
-        result.examples = pick_examples(result, list(picked[t.name]), z, prompts, pool, subjects, examples)
-        done.append(result)
-    return Results(**heading(loaded, describe(pool, len(union)), resamples, seed), tasks=done)
+        subjects = [e.patient or e.key for e in mine]
+        result.examples = pick_examples(result, indices, z, prompts, pool, subjects, examples)
+        out.tasks.append(result)
+    return out
 
 
-def heading(loaded: Loaded, data: dict[str, Any], resamples: int, seed: int) -> dict[str, Any]:
+def load(wanted: Wanted) -> tasks.Task | multilabel.Findings:
+    """A task of either kind, by name, from a file, or as it is.
+
+    Raises:
+        UsageError: see `tasks.load` and `multilabel.load`.
+
+    Example:
+        >>> load("modality").name, load("chest_findings").name
+        ('modality', 'chest_findings')
+    """
+    if isinstance(wanted, (tasks.Task, multilabel.Findings)):
+        return wanted
+    return multilabel.load(wanted) if multilabel.is_multilabel(wanted) else tasks.load(wanted)
+
+
+def _truth(t: tasks.Task | multilabel.Findings, facts: dict[int, Example]) -> tuple[list[int], Any]:
+    """Which records a task has, and their classes, or what is known of their findings."""
+    if isinstance(t, multilabel.Findings):
+        return multilabel.select(t, facts)
+    picked = tasks.select(t, facts)
+    return list(picked), np.array(list(picked.values()), np.int64)
+
+
+def heading(
+    loaded: Loaded,
+    data: dict[str, Any],
+    resamples: int,
+    seed: int,
+    calibrated: calibration.Calibration | None = None,
+) -> dict[str, Any]:
     """What results say about model, data, code and settings."""
     return {
         "model": {
@@ -145,7 +197,12 @@ def heading(loaded: Loaded, data: dict[str, Any], resamples: int, seed: int) -> 
         },
         "data": data,
         "code": {"version": __version__, "revision": run_folder.git_revision()},
-        "settings": {"resamples": resamples, "seed": seed, "devices": loaded.mesh.size},
+        "settings": {
+            "resamples": resamples,
+            "seed": seed,
+            "devices": loaded.mesh.size,
+            **({"calibration": calibrated.sha256} if calibrated else {}),
+        },
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -200,9 +257,11 @@ def _batches(
         yield waiting
 
 
-def prompt_embeddings(loaded: Loaded, chosen: Sequence[tasks.Task]) -> dict[str, Float[np.ndarray, "d"]]:
+def prompt_embeddings(
+    loaded: Loaded, chosen: Sequence[tasks.Task | multilabel.Findings]
+) -> dict[str, Float[np.ndarray, "d"]]:
     """Every prompt of every task, once."""
-    texts = list(dict.fromkeys(p for t in chosen for prompts in t.classes.values() for p in prompts))
+    texts = list(dict.fromkeys(p for t in chosen for p in t.prompts))
     return dict(zip(texts, loaded.encode_text(texts), strict=True))
 
 
@@ -216,6 +275,8 @@ def score(
     scale: float,
     resamples: int,
     seed: int,
+    fit: calibration.Temperature | None = None,
+    in_sample: bool = False,
 ) -> TaskResult:
     """Metrics and predictions of one task from embeddings.
 
@@ -229,11 +290,19 @@ def score(
         scale: factor on the cosines.
         resamples: see `metrics.classification`.
         seed: see `metrics.classification`.
+        fit: a calibration of these classes.
+        in_sample: whether it may have been fitted on these records.
 
     Raises:
-        DataError: see `metrics.classification`.
+        DataError: see `metrics.classification` and `calibration.fitted_on`.
     """
-    log_p = log_softmax(scale * cosines(task, z, prompts))
+    raw = log_p = class_scores(z, class_bank(task, prompts), scale)
+    calibrated: dict[str, Any] = {}
+    if fit:
+        same = calibration.fitted_on(fit, keys, raw, in_sample)
+        log_p = fit.apply(raw)
+        figures = calibration_fit.of_classes(raw, log_p, labels, groups, resamples=resamples, seed=seed)
+        calibrated = calibration.applied(fit, figures, same)
     names = list(task.classes)
     found = metrics.classification(
         log_p, labels, names, groups, probabilities=np.exp(log_p), resamples=resamples, seed=seed
@@ -249,15 +318,19 @@ def score(
         )
         for key, label, row, subject in zip(keys, labels, log_p, tallies.codes(groups), strict=True)
     ]
-    return TaskResult(task=task, metrics=found, predictions=predictions)
+    return TaskResult(task=task, metrics=found, predictions=predictions, calibrated=calibrated)
 
 
 def cosines(
     task: tasks.Task, z: Float[np.ndarray, "n d"], prompts: Mapping[str, Float[np.ndarray, "d"]]
 ) -> Float[np.ndarray, "n c"]:
-    """Cosine of each picture with each class, a class being the normalised mean of its prompts."""
-    bank = ensemble([np.stack([prompts[p] for p in texts]) for texts in task.classes.values()])
-    return z.astype(np.float64) @ bank.T.astype(np.float64)
+    """Cosine of each picture with each class."""
+    return z.astype(np.float64) @ class_bank(task, prompts).T.astype(np.float64)
+
+
+def class_bank(task: tasks.Task, prompts: Mapping[str, Float[np.ndarray, "d"]]) -> Float[np.ndarray, "c d"]:
+    """A unit vector of each class: the normalised mean of its prompts."""
+    return ensemble([np.stack([prompts[p] for p in texts]) for texts in task.classes.values()])
 
 
 def pick_examples(

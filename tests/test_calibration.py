@@ -1,0 +1,183 @@
+"""Calibration: temperature and Platt's scaling, what they are bound to, and refusals."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+from sklearn import metrics as oracle
+from sklearn.calibration import _sigmoid_calibration
+
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate import calibration, calibration_fit, multilabel, results
+
+MODEL = {"name": "m", "sha256": "ab" * 32, "dtype": "float32"}
+
+
+def classes(n: int = 400, truth: float = 2.5, seed: int = 0):
+    """Logits that are `truth` times too sharp, and labels drawn from the right probabilities."""
+    rng = np.random.default_rng(seed)
+    right = rng.normal(size=(n, 3)) * 1.5
+    labels = (np.exp(log_softmax(right, 1)).cumsum(1) < rng.random((n, 1))).sum(1)
+    return log_softmax(truth * right, 1), labels, np.arange(n), [f"r/{i}" for i in range(n)]
+
+
+def pairs(n: int = 400, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    right = rng.normal(size=(n, 2)) * 2 - 1
+    truth = (multilabel.probability(right) > rng.random((n, 2))).astype(int)
+    truth[rng.random((n, 2)) < 0.1] = -1
+    return 3 * right + 2, truth, np.arange(n), [f"r/{i}" for i in range(n)]
+
+
+def test_the_temperature_is_found():
+    t = calibration_fit.fit_temperature("a", "p", *classes(4000), resamples=0)
+    assert t.temperature == pytest.approx(2.5, rel=0.06)
+    log_p, labels, *_ = classes(4000)
+    loss = lambda x: -log_softmax(log_p / x, 1)[np.arange(len(labels)), labels].mean()
+    assert all(loss(t.temperature) <= loss(t.temperature * f) for f in (0.98, 1.02, 0.5, 2))
+    np.testing.assert_allclose(t.apply(log_p), log_softmax(log_p / t.temperature, 1), atol=1e-12)
+
+
+def test_figures_are_out_of_fold_with_intervals_and_a_paired_change():
+    t = calibration_fit.fit_temperature("a", "p", *classes(), resamples=200)
+    for k in ("ece", "nll"):
+        f = t.figures[k]
+        assert f["after"].value < f["before"].value
+        assert f["change"].value == pytest.approx(f["after"].value - f["before"].value)
+        assert f["change"].low < f["change"].value < f["change"].high < 0
+    log_p, labels, *_ = classes()
+    assert t.figures["nll"]["before"].value == pytest.approx(oracle.log_loss(labels, np.exp(log_p)))
+    inside = oracle.log_loss(labels, np.exp(t.apply(log_p)))
+    assert inside < t.figures["nll"]["after"].value < inside + 0.05
+
+
+def test_subjects_are_never_on_both_sides_of_a_fold():
+    log_p, subject = classes(100)[0], np.arange(100) // 10
+    seen = []
+    calibration_fit._out_of_fold(
+        subject,
+        0,
+        lambda rows, part: seen.append((set(subject[rows]), set(subject[part]))) or log_p[part],
+        log_p,
+    )
+    assert len(seen) == 5
+    assert all(not a & b for a, b in seen)
+    assert set().union(*(b for _, b in seen)) == set(range(10))
+
+
+def test_platt_equals_scikit_learn():
+    margins, truth, subject, keys = pairs()
+    p = calibration_fit.fit_findings("f", "p", ["x", "y"], margins, truth, subject, keys, resamples=50)
+    for j, name in enumerate(("x", "y")):
+        known = truth[:, j] >= 0
+        a, b = _sigmoid_calibration(margins[known, j], truth[known, j])
+        fit = p.findings[name]
+        assert (fit["scale"], fit["offset"]) == pytest.approx((-a, -b), rel=1e-3)
+        q = multilabel.probability(p.apply(margins, ["x", "y"]))[known, j]
+        best = max(oracle.f1_score(truth[known, j], q >= cut) for cut in q)
+        assert oracle.f1_score(truth[known, j], q >= fit["threshold"]) == pytest.approx(best)
+    assert p.figures["brier"]["after"].value < p.figures["brier"]["before"].value
+    want = np.mean(
+        [
+            oracle.brier_score_loss(truth[k, j], multilabel.probability(margins[k, j]))
+            for j in range(2)
+            for k in [truth[:, j] >= 0]
+        ]
+    )
+    assert p.figures["brier"]["before"].value == pytest.approx(want)
+
+
+def test_what_cannot_be_fitted_is_refused_or_left_with_the_reason():
+    log_p, labels, subject, keys = classes(29)
+    with pytest.raises(DataError, match="29 records are too few"):
+        calibration_fit.fit_temperature("a", "p", log_p, labels, subject, keys)
+    log_p, labels, subject, keys = classes(60)
+    with pytest.raises(DataError, match="only one class occurs"):
+        calibration_fit.fit_temperature("a", "p", log_p, labels * 0, subject, keys)
+    margins, truth, subject, keys = pairs(100)
+    truth[:, 1] = np.arange(100) < 9
+    p = calibration_fit.fit_findings("f", "p", ["x", "y"], margins, truth, subject, keys, resamples=0)
+    assert p.left == {"y": "9 records on one side, 10 are needed"}
+    np.testing.assert_array_equal(p.apply(margins, ["x", "y"])[:, 1], margins[:, 1])
+    margins[:, 0] *= -1
+    with pytest.raises(DataError, match=r"no finding can be calibrated \(x: its scores rank the wrong way"):
+        calibration_fit.fit_findings("f", "p", ["x", "y"], margins, truth, subject, keys)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    t = calibration_fit.fit_temperature("a", "p1", *classes(60), resamples=10)
+    margins, truth, subject, keys = pairs(100)
+    p = calibration_fit.fit_findings("f", "p2", ["x", "y"], margins, truth, subject, keys, resamples=10)
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(calibration.Calibration(model=MODEL, tasks=(t, p)).json()))
+    return path, t, p
+
+
+def test_a_file_holds_everything_and_belongs_to_model_and_prompts(stored):
+    path, t, p = stored
+    found = calibration.load(path)
+    assert found.tasks == (t, p)
+    assert found.for_task("other name", "p2", MODEL["sha256"]) == p
+    with pytest.raises(UsageError, match="was fitted for the model abababababab, this one is cdcd"):
+        found.for_task("a", "p1", "cd" * 32)
+    with pytest.raises(UsageError, match=r"nothing for a with prompts p3 \(it has: a p1, f p2\)"):
+        found.for_task("a", "p3", MODEL["sha256"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.update(version=2),
+        lambda r: r["tasks"][0].update(temperature=0),
+        lambda r: r["tasks"][0].update(temperature="nan"),
+        lambda r: r["tasks"][0].update(kind="isotonic"),
+        lambda r: r["tasks"][1]["findings"]["x"].update(scale=-1),
+        lambda r: r["tasks"][1].pop("left"),
+        lambda r: r.pop("model"),
+    ],
+)
+def test_a_damaged_file_is_refused(stored, change):
+    path = stored[0]
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="holds no calibration"):
+        calibration.load(path)
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="no calibration"):
+        calibration.load(tmp_path / "none.json")
+    for text in ("{", "[]", '{"format": "x"}', "[" * 9999):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(DataError, match="holds no calibration"):
+            calibration.load(tmp_path / "x.json")
+
+
+def test_records_that_were_fitted_on_are_noticed(stored):
+    _, t, _ = stored
+    log_p, _, _, keys = classes(60)
+    with pytest.raises(DataError, match="60 of 60 records were used to fit"):
+        calibration.fitted_on(t, keys, log_p, allowed=False)
+    assert calibration.fitted_on(t, keys, log_p, allowed=True) == 60
+    others = classes(60, seed=1)[0]
+    assert calibration.fitted_on(t, keys, others, allowed=False) == 0  # same names, other pictures
+    both = np.concatenate([log_p[:2], others[2:]])
+    assert calibration.fitted_on(t, keys, both, allowed=False) == 2
+    figures = calibration_fit.of_classes(
+        log_p, t.apply(log_p), np.arange(60) % 3, range(60), resamples=0, seed=0
+    )
+    lines = results.change(calibration.applied(t, figures, 60))
+    assert lines[0].startswith("ECE 0.")
+    assert lines[1] == "IN SAMPLE: 60 of the records were used to fit"
+    assert results.change({}) == []
+
+
+def test_a_threshold_lies_between_two_records():
+    p, truth = np.array([0.9, 0.8, 0.8, 0.3, 0.1]), np.array([1, 1, 0, 1, 0])
+    assert calibration_fit.best_threshold(p, truth) == pytest.approx(0.2)
+    assert calibration_fit.best_threshold(np.array([0.4, 0.4]), np.array([1, 0])) == pytest.approx(0.4)

@@ -18,7 +18,10 @@ ROWS = [
     ["quickstart_scores"],
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
     ["evaluate.embed", "evaluate.inputs", "evaluate.search", "evaluate.overlap"],
-    ["evaluate.suite_run", "evaluate.frozen", "evaluate.zeroshot", "evaluate.references", "evaluate.predict"],
+    [
+        *("evaluate.suite_run", "evaluate.frozen", "evaluate.zeroshot", "evaluate.references"),
+        *("evaluate.predict", "evaluate.question", "evaluate.truth"),
+    ],
     ["conversion", "saliency"],
     ["infer", "model_folder", "hub"],
     ["train.checkpoint", "train.assemble", "convert"],
@@ -32,7 +35,12 @@ ROWS = [
 NO_DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "tensorflow"}
 DEVICE_FREE = (
     *("data", "config", "config_rules", "errors", "evaluate.metrics", "evaluate.tasks"),
-    *("evaluate.multilabel", "evaluate.multilabel_metrics", "evaluate.calibration", "evaluate.calibration_fit"),
+    *(
+        "evaluate.multilabel",
+        "evaluate.multilabel_metrics",
+        "evaluate.calibration",
+        "evaluate.calibration_fit",
+    ),
     *("evaluate.suites", "evaluate.layouts", "evaluate.suite_prompts", "evaluate.suite_results"),
 )
 

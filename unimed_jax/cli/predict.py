@@ -1,48 +1,66 @@
-"""`unimed-jax predict`: image files to class scores, as CSV and, if asked for, as one HTML page."""
+"""`unimed-jax predict`: files, folders and lists to scores, as CSV and, if asked for, as one HTML page."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unimed_jax.cli import predict_output as output
 from unimed_jax.cli.args import Parser
 from unimed_jax.errors import DataError, SomeInputsFailed, UsageError
 
 if TYPE_CHECKING:
+    from unimed_jax.data.found import Found
+    from unimed_jax.evaluate.multilabel import Findings
     from unimed_jax.evaluate.predict import Predictions
     from unimed_jax.evaluate.tasks import Task
-    from unimed_jax.infer import Loaded
+    from unimed_jax.evaluate.truth import Judged, Truth
 
-NOTE = "scores are not calibrated probabilities; research use only, not a medical device"
 _SHOWN = 48  # pictures in the report
-_BESIDE = {"errors": "errors.csv", "run": "run.json"}
 
 
 def _parser() -> Parser:
     parser = Parser(
         "unimed-jax predict",
-        description="Scores DICOM, NIfTI, PNG, JPEG and TIFF files against classes. Nothing leaves this machine; no "
-        "header value of a DICOM file but its modality reaches an output.",
+        description="Scores DICOM, NIfTI, PNG, JPEG and TIFF files and whole slides against classes. Nothing leaves "
+        "this machine; no header value of a DICOM file but its modality reaches an output.",
     )
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="files, or folders read with everything below"
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="files; folders, read with everything below them, slices of a series as one volume; lists (.csv)",
+    )
+    parser.add_argument(
+        "--list",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a CSV with the columns file and, if known, label and patient; may be repeated",
     )
     parser.add_argument("--model", required=True, metavar="M", help="model folder or run folder")
-    classes = parser.add_mutually_exclusive_group(required=True)
-    classes.add_argument("--labels", metavar="A,B", help="class names; sentences are made of them")
-    classes.add_argument("--prompts", metavar="FILE", help='JSON: {"class": ["prompt", ...], ...}')
-    classes.add_argument("--task", metavar="NAME", help="a built-in task, e.g. modality")
-    parser.add_argument(
-        "--modality", default="", help="named in the sentences of --labels: xray, ct, mri, ..."
-    )
+    _ask(parser)
     parser.add_argument(
         "--window", default="", help="lung, brain, bone, ... or CENTRE,WIDTH; default: the file's own"
     )
     parser.add_argument(
-        "--slices", default="middle", help="middle, all or every:N, of files with several frames"
+        "--slices", default="middle", help="middle, all or every:N, of volumes and files with several frames"
+    )
+    parser.add_argument(
+        "--mpp", type=float, metavar="X", help="microns per pixel of a slide's tiles; 0.5 is 20x"
+    )
+    parser.add_argument("--level", type=int, metavar="N", help="level of a slide, instead of --mpp")
+    parser.add_argument("--tissue", type=float, default=0.25, help="share of a tile that must be tissue")
+    parser.add_argument(
+        "--max-tiles", type=int, default=1000, metavar="N", help="of one slide, spread evenly"
+    )
+    parser.add_argument(
+        "--truth", default="", metavar="FILE", help="a CSV with the columns file and label: metrics"
+    )
+    parser.add_argument(
+        "--ci", type=int, default=1000, metavar="N", help="bootstrap resamples of the metrics"
     )
     parser.add_argument(
         "--out", required=True, metavar="OUT.csv", help="OUT.errors.csv and OUT.run.json go beside it"
@@ -60,159 +78,135 @@ def _parser() -> Parser:
     return parser
 
 
+def _ask(parser: Parser) -> None:
+    classes = parser.add_mutually_exclusive_group(required=True)
+    classes.add_argument("--labels", metavar="A,B", help="class names; sentences are made of them")
+    classes.add_argument("--prompts", metavar="FILE", help='JSON: {"class": ["prompt", ...], ...}')
+    classes.add_argument("--task", metavar="NAME", help="a built-in task, e.g. modality")
+    parser.add_argument(
+        "--modality", default="", help="named in the sentences of --labels: xray, ct, mri, ..."
+    )
+    parser.add_argument(
+        "--multilabel",
+        action="store_true",
+        help="findings that do not exclude each other, each with prompts for and against it",
+    )
+    parser.add_argument(
+        "--calibration", default="", metavar="FILE", help="what unimed-jax calibrate has learned"
+    )
+
+
 def run(argv: list[str]) -> int:
     """Predicts; exit code 4 when some files failed, which OUT.errors.csv lists."""
     args = _parser().parse(argv)
-    if args.batch_size < 1 or args.threads < 1:
-        raise UsageError("--batch-size and --threads must be at least 1")
-    from unimed_jax.data import medical, windows
+    if args.batch_size < 1 or args.threads < 1 or args.ci < 0:
+        raise UsageError("--batch-size and --threads must be at least 1, --ci at least 0")
+    from unimed_jax.data import found as inputs
+    from unimed_jax.data import medical, slides, windows
     from unimed_jax.evaluate import predict
     from unimed_jax.evaluate.report import require
 
     task = _task(args)
     window, slices = windows.parse_window(args.window), medical.Slices.parse(args.slices)
-    if args.modality and not args.labels:
-        raise UsageError("--modality belongs to --labels", "prompts say themselves what they are about")
-    outputs = _outputs(args)
+    tiles = slides.Tiles(mpp=args.mpp, level=args.level, tissue=args.tissue, most=args.max_tiles).checked()
+    if not args.paths and not args.list:
+        raise UsageError("nothing to score", "give files, folders or lists")
+    outputs = output.paths(args)
     if args.report:
         require()
-    files = predict.find_files(args.paths)
+    named = inputs.find(args.paths, args.list, threads=args.threads)
+    truth = _truth(args, named, task)
 
     from unimed_jax import config, infer, parallel
     from unimed_jax.cli.progress import Progress
+    from unimed_jax.evaluate import calibration, question
+    from unimed_jax.evaluate import truth as truths
 
+    fits = calibration.load(args.calibration) if args.calibration else None
     mesh = parallel.make_mesh(config.Mesh())
     model = infer.load(args.model, mesh=mesh, batch_size=args.batch_size, dtype=args.dtype)
+    asked = question.ask(model, task, fits)
     say = (lambda *_: None) if args.json else print
     say(f"model   {model.describe()}")
     say(f"prompts {task.name}  {task.shape()}  sha {task.digest[:12]}")
     with Progress("embed", "files") as progress:
         found = predict.predict(
             model,
-            files,
-            task,
+            named.inputs,
+            asked,
             window=window,
             slices=slices,
+            tiles=tiles,
             threads=args.threads,
             shown=_SHOWN if args.report else 0,
             progress=progress,
         )
-    record = _record(args, model, task, found, len(files))
-    written = _write(outputs, found, record)
-    kinds = ", ".join(f"{n} {k}" for k, n in found.kinds.most_common())
-    say(
-        f"input   {len(files)} files: {kinds or 'none read'}; {found.inverted} inverted; {len(found.errors)} failed"
-    )
-    for name, n in sorted(found.counts().items(), key=lambda kv: -kv[1])[:8]:
-        say(f"        {n:6d}  {name}")
+    judged = truths.judge(asked, found, truth, resamples=args.ci) if truth else None
+    record = output.record(args, model, asked, named, found, fits.sha256 if fits else "")
+    written = output.write(outputs, found, record, truth, judged)
+    for line in _lines(named, found, truth, judged):
+        say(line)
     say(f"wrote   {'  '.join(str(p) for p in written)}")
-    say(f"note    {NOTE}")
+    say(f"note    {output.note(asked)}")
     if args.json:
-        print(
-            json.dumps(record | {"predicted": found.counts(), "wrote": [str(p) for p in written]}, indent=1)
-        )
+        summary: dict[str, Any] = record | {"predicted": found.counts(), "wrote": [str(p) for p in written]}
+        print(json.dumps(summary | ({"metrics": judged.json} if judged else {}), indent=1))
     if found.errors:
         errors = outputs["errors"]
         if not found.rows:
-            raise DataError(f"none of {len(files)} files could be read", f"see {errors}")
-        raise SomeInputsFailed(f"{len(found.errors)} of {len(files)} files failed", f"see {errors}")
+            raise DataError(f"none of {named.files} files could be read", f"see {errors}")
+        raise SomeInputsFailed(f"{len(found.errors)} of {named.files} files failed", f"see {errors}")
     return 0
 
 
-def _task(args: argparse.Namespace) -> Task:
-    from unimed_jax.evaluate import tasks
+def _lines(named: Found, found: Predictions, truth: Truth | None, judged: Judged | None) -> list[str]:
+    """What was read and found, for the terminal."""
+    kinds = ", ".join(f"{n} {k}" for k, n in found.kinds.most_common())
+    failed = f"{found.inverted} inverted; {len(found.errors)} failed"
+    out = [f"input   {named.files} files: {kinds or 'none read'}; {failed}"]
+    out += [f"        {n}" for n in [*named.notes, *found.notes]]
+    out += [
+        f"        {n:6d}  {name}" for name, n in sorted(found.counts().items(), key=lambda kv: -kv[1])[:8]
+    ]
+    if truth:
+        out += [f"truth   {'; '.join([f'{len(truth.said)} pictures or volumes', *truth.notes])}"]
+        out += [] if judged else ["        none of them could be read, there are no metrics"]
+    if judged:
+        first = sorted(judged.values, key=lambda k: k != judged.main)
+        out += [f"metrics {judged.n} pictures of {judged.subjects} subjects"]
+        out += [f"        {k:18s} {judged.values[k].text()}" for k in first]
+        out += [f"        {n}" for n in judged.notes]
+    return out
 
+
+def _truth(args: argparse.Namespace, named: Found, task: Task | Findings) -> Truth | None:
+    """The truth of --truth and of all lists that hold it."""
+    from unimed_jax.data import tables
+    from unimed_jax.evaluate import truth
+
+    lists = [x for x in named.lists if truth.tells(task, x)]
+    if args.truth:
+        lists.append(tables.read_list(Path(args.truth)))
+        named.notes += lists[-1].notes
+    folders = [p for p in map(Path, args.paths) if p.is_dir()]
+    return truth.match(named, lists, folders, task) if lists else None
+
+
+def _task(args: argparse.Namespace) -> Task | Findings:
+    from unimed_jax.evaluate import multilabel, tasks
+
+    if args.modality and not args.labels:
+        raise UsageError("--modality belongs to --labels", "prompts say themselves what they are about")
+    labels = [x.strip() for x in (args.labels or "").split(",")]
     if args.labels:
-        return tasks.from_labels([x.strip() for x in args.labels.split(",")], modality=args.modality)
+        make = multilabel.from_labels if args.multilabel else tasks.from_labels
+        return make(labels, modality=args.modality)
     if args.prompts and not Path(args.prompts).is_file():
         raise UsageError(f"no prompt file {args.prompts}", "give a JSON file, or --task NAME")
-    return tasks.load(Path(args.prompts) if args.prompts else args.task)
-
-
-def _outputs(args: argparse.Namespace) -> dict[str, Path]:
-    """Where everything goes; refuses before any work what could not be written afterwards."""
-    out = Path(args.out)
-    # Named after the table: several of them share a folder.
-    beside = {name: out.with_name(f"{out.stem}.{end}") for name, end in _BESIDE.items()}
-    found = {"out": out, **beside}
-    if args.report:
-        found["report"] = Path(args.report)
-    if len(set(found.values())) < len(found):
-        raise UsageError(f"--out {out} and another output have the same name", "choose another name")
-    for path in found.values():
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder", "give a file name")
-        if path.exists() and not args.force:
-            raise UsageError(f"{path} exists", "choose another --out, or --force to replace it")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise DataError(f"{path.parent} cannot be made: {e.strerror}", "choose another --out") from e
-        if not os.access(path.parent, os.W_OK):
-            raise DataError(
-                f"{path.parent} cannot be written", "choose another --out, or change its permissions"
-            )
-    return found
-
-
-def _record(
-    args: argparse.Namespace, model: Loaded, task: Task, found: Predictions, files: int
-) -> dict[str, Any]:
-    """OUT.run.json: what a second person needs to get the same numbers; no file names."""
-    import datetime
-
-    from unimed_jax import __version__
-    from unimed_jax.train import run_folder
-
-    return {
-        "format": "unimed_jax.predictions",
-        "version": 1,
-        "use": NOTE,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "code": {"version": __version__, "revision": run_folder.git_revision()},
-        "model": {
-            "name": model.cfg.name,
-            "sha256": model.digest,
-            "dtype": model.dtype,
-            "logit_scale": model.logit_scale,
-        },
-        "prompts": {
-            "name": task.name,
-            "sha256": task.digest,
-            "shape": task.shape(),
-            "classes": {k: list(v) for k, v in task.classes.items()},
-        },
-        "settings": {"window": args.window, "slices": args.slices, "modality": args.modality},
-        "files": files,
-        "pictures": len(found.rows),
-        "failed": len(found.errors),
-        "inverted": found.inverted,
-        "kinds": dict(found.kinds),
-    }
-
-
-def _write(outputs: dict[str, Path], found: Predictions, record: dict[str, Any]) -> list[Path]:
-    from unimed_jax.data import files
-    from unimed_jax.evaluate import report, results
-
-    columns = ("file", "frame", "kind", "modality", "predicted", "score")
-    names = {c: f"score: {c}" for c in found.classes}
-    rows = [r | {names[c]: p for c, p in r["scores"].items()} for r in found.rows]
-    texts = {
-        "out": results.to_csv(rows, (*columns, *names.values())),
-        "errors": results.to_csv(found.errors, ("file", "reason", "remedy")) if found.errors else "",
-        "run": json.dumps(record, indent=1, ensure_ascii=False) + "\n",
-    }
-    try:
-        for name, text in texts.items():
-            if text:
-                files.write_text(outputs[name], text)
-            else:
-                outputs[name].unlink(missing_ok=True)  # an old list of errors would be read as this one's
-    except OSError as e:
-        raise DataError(f"{outputs['out'].parent} cannot be written: {e.strerror or e}", "free space") from e
-    if "report" in outputs:
-        report.write(
-            report.from_predictions(record, found.shown, found.counts(), found.errors), outputs["report"]
+    name = Path(args.prompts) if args.prompts else args.task
+    if multilabel.is_multilabel(name) != args.multilabel:
+        what = "is about findings" if not args.multilabel else "has no prompts for and against findings"
+        raise UsageError(
+            f"{name} {what}", "add --multilabel" if not args.multilabel else "leave --multilabel out"
         )
-    return [p for p in outputs.values() if p.exists()]
+    return multilabel.load(name) if args.multilabel else tasks.load(name)

@@ -1,22 +1,29 @@
-"""Files to class scores: finds them, reads what can be read, embeds in batches, and keeps count of the rest."""
+"""Files to scores: reads what can be read, embeds in full batches, and keeps count of the rest."""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unimed_jax.data import medical
-from unimed_jax.errors import DataError
+from unimed_jax.data import found as inputs
+from unimed_jax.data import medical, slides
+from unimed_jax.data.found import Input
+from unimed_jax.data.found import find_files as find_files  # what earlier callers knew it by
+from unimed_jax.evaluate import question, reading
+from unimed_jax.evaluate.question import Question
 from unimed_jax.evaluate.tasks import Task
 from unimed_jax.evaluate.zeroshot import THUMBNAIL, thumbnail
-from unimed_jax.infer import Loaded, ensemble
+from unimed_jax.infer import Loaded
+
+MEAN = "mean"  # in the column `frame`: the slide as a whole
+_KINDS = {"dicom": "DICOM", "nifti": "NIfTI", "image": "image", "slide": "slide"}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,163 +34,161 @@ class Predictions:
     rows: list[dict[str, Any]] = field(default_factory=list)
     errors: list[dict[str, str]] = field(default_factory=list)  # file, reason, remedy
     shown: list[dict[str, Any]] = field(default_factory=list)  # pictures for a report
-    kinds: Counter[str] = field(default_factory=Counter)  # "DICOM CT", "image", ...: files
+    kinds: Counter[str] = field(default_factory=Counter)  # "DICOM CT", "image", ...: files that were read
     inverted: int = 0  # MONOCHROME1 files
+    sha256: str = ""  # over the sorted SHA-256 of the files that were read
+    notes: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
-        """Pictures for each predicted class."""
-        found = Counter(r["predicted"] for r in self.rows)
+        """Pictures for each predicted class, or each finding; of slides, the slide."""
+        whole = {r["input"] for r in self.rows if r["frame"] == MEAN}
+        rows = (r for r in self.rows if r["input"] not in whole or r["frame"] == MEAN)
+        found = Counter(k for r in rows for k in r["found"])
         return {c: found[c] for c in self.classes}
 
 
 @dataclass(slots=True)
-class _Prepared:
-    file: str
-    picture: medical.Picture
-    square: np.ndarray
-    thumbnail: str
+class _Batch:
+    """What waits for the model."""
 
-
-def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Named files as they are, and everything in folders that looks like a picture, in a fixed order.
-
-    In folders, files with a known suffix or none (as scanners write them) count; hidden ones do not.
-
-    Raises:
-        DataError: for a path that does not exist, or when nothing is found, with the suffixes tried.
-    """
-    found: dict[Path, None] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            for folder, folders, names in os.walk(path):
-                folders[:] = sorted(f for f in folders if not f.startswith("."))
-                found |= dict.fromkeys(Path(folder, n) for n in sorted(names) if _looks_like_a_picture(n))
-        elif path.exists():
-            found[path] = None
-        else:
-            raise DataError(f"no file or folder {path}", "check the spelling")
-    if not found:
-        tried = " ".join(sorted(medical.SUFFIXES))
-        raise DataError(
-            f"no pictures in {', '.join(map(str, paths))}", f"files without suffix or with {tried} are read"
-        )
-    return list(found)
-
-
-def _looks_like_a_picture(name: str) -> bool:
-    suffix = Path(name).suffix.lower()
-    known = suffix in medical.SUFFIXES and (suffix != ".gz" or name.lower().endswith(".nii.gz"))
-    return not name.startswith(".") and name != "DICOMDIR" and (known or not suffix or suffix[1:].isdigit())
+    numbers: list[int] = field(default_factory=list)
+    ready: list[reading.Ready] = field(default_factory=list)
 
 
 def predict(
     loaded: Loaded,
-    files: Sequence[Path],
-    task: Task,
+    files: Sequence[Path | Input],
+    task: Task | Question,
     *,
     window: tuple[float, float] | None = None,
     slices: medical.Slices | None = None,
+    tiles: slides.Tiles | None = None,
     threads: int = 4,
     shown: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
-    """Scores every picture of every file against the classes of a task.
+    """Scores every picture of every input.
 
     Args:
         loaded: the model.
-        files: from `find_files`.
-        task: its classes and prompts; nothing else of it is used.
+        files: from `found.find` or `find_files`.
+        task: what to ask; of a task only classes and prompts are used.
         window: for gray DICOM and NIfTI values; default: the file's own.
-        slices: frames of a file; default: the middle one.
+        slices: of a volume; default: the middle one.
+        tiles: of whole-slide images; default: 0.5 microns per pixel.
         threads: files read in parallel.
-        shown: pictures kept with a thumbnail and their best prompts.
-        progress: called with (done, all) files.
+        shown: pictures kept with a thumbnail, the model's square and their best prompts.
+        progress: called with (done, all) inputs.
 
     Returns:
-        Rows with file, frame, kind, modality, predicted, score and one score a class (softmax of logit_scale x cosine),
-        in the order of the files; files that cannot be read are in `errors`.
+        Rows with file, frame, kind, modality, predicted, score and one score a class, in the order of the inputs, and
+        one row more with their mean below the tiles of a slide; files that cannot be read are in `errors`, and have no
+        rows. Nothing depends on threads, the batch size or the order of the files but the last digits of the scores.
     """
-    out = Predictions(classes=tuple(task.classes))
-    texts = [(name, p) for name, ps in task.classes.items() for p in ps]
-    prompts = loaded.encode_text([p for _, p in texts])
-    bank = ensemble(np.split(prompts, np.cumsum([len(ps) for ps in task.classes.values()])[:-1]))
-    scale = loaded.logit_scale
-    for done, ready in _read_all(loaded, files, out, window, slices, threads, shown):
-        if ready:
-            z = loaded.encode_image(np.stack([r.square for r in ready]))
-            logits = scale * (z.astype(np.float64) @ bank.T)
-            odds = np.exp(logits - logits.max(1, keepdims=True))
-            for r, vector, p in zip(ready, z, odds / odds.sum(1, keepdims=True), strict=True):
-                scores = dict(zip(out.classes, p.tolist(), strict=True))
-                out.rows.append(_row(r, scores))
-                if r.thumbnail and len(out.shown) < shown:
-                    out.shown.append(_card(out.rows[-1], r, scores, texts, prompts @ vector))
-        if progress:
-            progress(done, len(files))
+    asked = question.ask(loaded, task) if isinstance(task, Task) else task
+    items = [f if isinstance(f, Input) else Input((f,)) for f in files]
+    out = Predictions(classes=asked.names)
+    tiles = replace(tiles or slides.Tiles(), size=loaded.image_size)
+    source = lambda item, hold: inputs.frames(item, window=window, slices=slices, tiles=tiles, hold=hold)
+    keep = lambda n, k, p: thumbnail(p.square(THUMBNAIL)) if n < shown and k < shown else ""
+    failed: set[str] = set()
+    digests: list[str] = []
+    batch = _Batch()
+    done = 0
+    stream = reading.read(
+        items, source, loaded.image_size, ahead=loaded.batch_size, threads=threads, keep=keep
+    )
+    for number, event in stream:
+        if isinstance(event, reading.Ready):
+            batch.numbers.append(number)
+            batch.ready.append(event)
+            if len(batch.ready) == loaded.batch_size:
+                _score(loaded, asked, batch, out, shown)
+                batch = _Batch()
+        elif isinstance(event, inputs.Failed):
+            failed.add(str(event.file))
+            e = event.error
+            out.errors.append({"file": str(event.file), "reason": e.cause, "remedy": e.remedy})
+        else:
+            digests += event.digests.values()
+            done += 1
+            if progress:
+                progress(done, len(items))
+    _score(loaded, asked, batch, out, shown)
+    return _finished(out, asked, failed, digests)
+
+
+def _score(loaded: Loaded, asked: Question, batch: _Batch, out: Predictions, shown: int) -> None:
+    if not batch.ready:
+        return
+    z = loaded.encode_image(np.stack([r.square for r in batch.ready]))
+    scores = asked.scores(z)
+    for number, r, vector, ranks, p in zip(
+        batch.numbers, batch.ready, z, scores.ranks, scores.p, strict=True
+    ):
+        out.rows.append(_row(asked, number, r, ranks, p))
+        if r.extra and len(out.shown) < shown:
+            out.shown.append(_card(out.rows[-1], r, asked, asked.prompts @ vector))
+
+
+def _row(asked: Question, number: int, r: reading.Ready, ranks: np.ndarray, p: np.ndarray) -> dict[str, Any]:
+    f = r.picture
+    head = {"file": str(r.file), "frame": f.frame, "kind": f.kind, "modality": f.modality}
+    place = dict(zip("xy", f.corner, strict=True)) if f.corner else {}
+    more = {"input": number, "frames": f.frames, "inverted": f.inverted}
+    return head | place | _scored(asked, ranks, p) | more
+
+
+def _scored(asked: Question, ranks: np.ndarray, p: np.ndarray) -> dict[str, Any]:
+    found = asked.found(p)
+    scores = dict(zip(asked.names, p.tolist(), strict=True))
+    return {
+        "predicted": question.text(found),
+        "found": found,
+        "score": float(p.max()),
+        "scores": scores,
+        "ranks": ranks,
+    }
+
+
+def _card(row: dict[str, Any], r: reading.Ready, asked: Question, cosines: np.ndarray) -> dict[str, Any]:
+    top = [(*asked.texts[k], float(cosines[k])) for k in np.argsort(-cosines)[:3]]
+    return {
+        "file": r.file.name,
+        "predicted": row["predicted"] or "none",
+        "scores": row["scores"],
+        "prompts": [{"class": c, "prompt": p, "cosine": v} for c, p, v in top],
+        "jpeg": r.extra,
+        "row": row,
+        "square": r.square,
+    }
+
+
+def _finished(out: Predictions, asked: Question, failed: set[str], digests: Sequence[str]) -> Predictions:
+    """Without the rows of files that failed later on, with those of whole slides, and counted."""
+    rows = [r for r in out.rows if r["file"] not in failed]
+    out.shown = [s for s in out.shown if s["row"]["file"] not in failed]
+    out.rows, thinned = [], 0
+    for _, group in itertools.groupby(rows, key=lambda r: r["input"]):
+        together = list(group)
+        out.rows += together
+        first = together[0]
+        if first["kind"] == "slide":
+            out.rows.append(_whole(asked, together))
+            thinned += first["frames"] > len(together)
+        files = {r["file"]: r for r in together}
+        for r in files.values():
+            out.kinds[f"{_KINDS[r['kind']]} {r['modality']}".strip()] += 1
+            out.inverted += r["inverted"]
+    if thinned:
+        out.notes.append(
+            f"{thinned} slides have more tiles of tissue than were scored (--max-tiles), spread evenly"
+        )
+    out.sha256 = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
     return out
 
 
-def _read_all(
-    loaded: Loaded, files: Sequence[Path], out: Predictions, window, slices, threads: int, shown: int
-) -> Iterator[tuple[int, list[_Prepared]]]:
-    """Batches of (files done, pictures); the next batch is read while the caller computes on this one."""
-
-    def prepare(job: tuple[int, Path]) -> list[_Prepared] | dict[str, str]:
-        number, path = job
-        try:
-            found = medical.read(path, window=window, slices=slices)
-            keep = number < shown
-            return [
-                _Prepared(
-                    str(path), p, p.square(loaded.image_size), thumbnail(p.square(THUMBNAIL)) if keep else ""
-                )
-                for p in found
-            ]
-        except DataError as e:
-            return {"file": str(path), "reason": e.cause, "remedy": e.remedy}
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="predict-read") as pool:
-        jobs = list(enumerate(files))
-        ahead = [pool.submit(prepare, j) for j in jobs[: loaded.batch_size]]
-        for start in range(0, len(jobs), loaded.batch_size):
-            now = [f.result() for f in ahead]
-            following = jobs[start + loaded.batch_size : start + 2 * loaded.batch_size]
-            ahead = [pool.submit(prepare, j) for j in following]
-            ready: list[_Prepared] = []
-            for item in now:
-                if isinstance(item, dict):
-                    out.errors.append(item)
-                elif item:
-                    ready += item
-                    first = item[0].picture
-                    out.kinds[f"{_KINDS[first.kind]} {first.modality}".strip()] += 1
-                    out.inverted += first.inverted
-            yield start + len(now), ready
-
-
-_KINDS = {"dicom": "DICOM", "nifti": "NIfTI", "image": "image"}
-
-
-def _row(r: _Prepared, scores: dict[str, float]) -> dict[str, Any]:
-    best = max(scores, key=lambda k: scores[k])
-    p = r.picture
-    head = {"file": r.file, "frame": p.frame, "kind": p.kind, "modality": p.modality}
-    return head | {"predicted": best, "score": scores[best], "scores": scores}
-
-
-def _card(
-    row: dict[str, Any],
-    r: _Prepared,
-    scores: dict[str, float],
-    texts: Sequence[tuple[str, str]],
-    cosines: np.ndarray,
-) -> dict[str, Any]:
-    top = [(*texts[k], float(cosines[k])) for k in np.argsort(-cosines)[:3]]
-    prompts = [{"class": c, "prompt": p, "cosine": v} for c, p, v in top]
-    return {
-        "file": Path(r.file).name,
-        "predicted": row["predicted"],
-        "scores": scores,
-        "prompts": prompts,
-        "jpeg": r.thumbnail,
-    }
+def _whole(asked: Question, tiles: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    scores = asked.mean(np.array([list(t["scores"].values()) for t in tiles]))
+    same = {k: tiles[0][k] for k in ("file", "kind", "modality", "input", "frames", "inverted")}
+    return same | {"frame": MEAN} | _scored(asked, scores.ranks[0], scores.p[0])

@@ -80,16 +80,18 @@ def from_predictions(
     pictures: Sequence[Mapping[str, Any]],
     counts: Mapping[str, int],
     errors: Sequence[Mapping[str, str]],
+    judged: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Collects the page of `unimed-jax predict`.
 
     Args:
         run: the content of OUT.run.json.
-        pictures: examples with thumbnails, as in examples.json but without labels.
+        pictures: examples with thumbnails, as in examples.json; `label` and `hit` only where the truth is known.
         counts: class -> number of pictures that it was predicted for.
         errors: {file, reason} of what could not be read.
+        judged: the content of OUT.metrics.json.
     """
-    total = sum(counts.values())
+    total = run["pictures"]
     rows = [(name, n, n / total if total else 0.0) for name, n in counts.items()]
     facts = [
         ("Model", f"{run['model']['name']}, sha256 {run['model']['sha256'][:12]}"),
@@ -100,15 +102,35 @@ def from_predictions(
         ("Pictures", f"{total} of {run['files']} files, {len(errors)} failed"),
         ("Made", run["created"]),
     ]
-    return {
+    page = {
         "title": "Predictions",
         "facts": facts,
         "predicted": rows,
         "pictures": [_shown(p) for p in pictures],
         "errors": [dict(e) for e in errors],
+        "calibrated": bool(run["settings"].get("calibration_sha256")),
         "tasks": [],
         "curves": [],
     }
+    if judged and "confusion" in judged:
+        page["tasks"] = [_task(judged, [p for p in pictures if "hit" in p])]
+        page["pictures"] = [_shown(p) for p in pictures if "hit" not in p]
+    elif judged:
+        page["summaries"] = [_judged_findings(judged)]
+    return page
+
+
+def _judged_findings(judged: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of findings: the mean, then each with its own metric."""
+    metric = judged["metric"]
+    value = lambda v: metrics.Value(v["value"], v["low"], v["high"], v.get("reason", "")).text()
+    rows = [(f"Mean {words(k)}", value(v)) for k, v in judged["values"].items()]
+    rows += [
+        (f"{name}: {words(metric)}, {f['positives']} of {f['n']} have it", value(f["values"][metric]))
+        for name, f in judged["findings"].items()
+    ]
+    note = f"{judged['n']} pictures of {judged['subjects']} subjects whose truth is known"
+    return {"title": "Findings", "note": "; ".join([note, *judged["notes"]]), "rows": rows}
 
 
 def compared(found: Mapping[str, Any]) -> dict[str, Any]:

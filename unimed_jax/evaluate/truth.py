@@ -1,0 +1,294 @@
+"""What is known about the pictures that were scored, from CSV files, and how right the scores are.
+
+A row of a CSV names a file or a folder: relative to the CSV, to a folder that was named, or to where the program
+runs. What is said about a file of a volume holds for the volume, what is said about a folder for everything below it
+that no nearer row speaks of. Nothing is dropped in silence: every gap is counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimed_jax.data.found import Found
+from unimed_jax.data.tables import Entry, Listing
+from unimed_jax.errors import DataError, did_you_mean
+from unimed_jax.evaluate import metrics, multilabel, multilabel_metrics
+from unimed_jax.evaluate.multilabel import Findings
+from unimed_jax.evaluate.predict import MEAN, Predictions
+from unimed_jax.evaluate.question import Classes, Question
+from unimed_jax.evaluate.results import TaskResult
+from unimed_jax.evaluate.tasks import Task
+
+FORMAT, VERSION = "unimed_jax.prediction_metrics", 1
+_VALUES = {
+    **dict.fromkeys(("1", "1.0"), multilabel.PRESENT),
+    **dict.fromkeys(("0", "0.0"), multilabel.ABSENT),
+    **dict.fromkeys(("", "-1", "-1.0"), multilabel.UNKNOWN),
+}
+
+Said = int | tuple[int, ...]  # a class, or what is known of each finding
+
+
+@dataclass(slots=True)
+class Truth:
+    """The truth of inputs, by their number."""
+
+    said: dict[int, Said] = field(default_factory=dict)
+    words: dict[int, str] = field(default_factory=dict)  # the same for readers
+    groups: dict[int, str] = field(default_factory=dict)  # who was pictured: for counting only
+    counts: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def match(found: Found, lists: Sequence[Listing], folders: Sequence[Path], task: Task | Findings) -> Truth:
+    """Which input has which truth, before anything is computed.
+
+    Args:
+        found: the inputs.
+        lists: with the truth.
+        folders: that names may be relative to, besides the list's own and the current one.
+        task: whose classes or findings the truth is about.
+
+    Raises:
+        DataError: for labels that are no class (all of them), two truths of one picture, or no truth at all.
+    """
+    places = _Places(found)
+    out = Truth()
+    counts: Counter[str] = Counter()
+    nearest: dict[int, tuple[int, Entry, Listing]] = {}  # input -> (depth of the name, row, its list)
+    unknown: Counter[str] = Counter()
+    for listing in lists:
+        read = _reader(task, listing)
+        for entry in listing.entries:
+            said = read(entry, unknown)
+            if said is None:
+                counts["rows without a label"] += 1
+                continue
+            numbers, depth = places.of(entry, [listing.file.parent, *folders, Path()])
+            if not numbers:
+                counts["rows that name no picture here"] += 1
+            for number in numbers:
+                _say(out, nearest, number, depth, entry, listing, said, counts)
+    if unknown:
+        raise _no_class(task, unknown)
+    if not out.said:
+        first = next((e.name for listing in lists for e in listing.entries), "")
+        raise DataError(
+            f"no row of the truth names any of {len(found.inputs)} pictures, the first is {first!r}",
+            "names are relative to the CSV, to a named folder, or to the current one",
+        )
+    for listing in (x for x in found.lists if x not in lists):  # a list may say who was pictured, and no more
+        for entry in (e for e in listing.entries if e.group):
+            for number in places.of(entry, [listing.file.parent])[0]:
+                out.groups.setdefault(number, f"group {entry.group}")
+    out.words = {n: words(task, s) for n, s in out.said.items()}
+    counts["pictures or volumes without truth"] = len(found.inputs) - len(out.said)
+    out.counts = {k: n for k, n in counts.items() if n}
+    out.notes = [f"{n} {k}" for k, n in out.counts.items()]
+    return out
+
+
+def _say(
+    out: Truth, nearest, number: int, depth: int, entry: Entry, listing: Listing, said: Said, counts
+) -> None:
+    """Keeps the nearest of what is said about an input."""
+    before = nearest.get(number)
+    if before and depth == before[0]:
+        counts["rows that repeat another"] += 1
+        if out.said[number] != said:
+            lines = f"{before[2].file.name} line {before[1].line} and {listing.file.name} line {entry.line}"
+            raise DataError(f"{lines} say different things about one picture", "correct the list")
+    if not before or depth > before[0]:
+        nearest[number] = (depth, entry, listing)
+        out.said[number] = said
+    if entry.group and (not before or depth >= before[0]):
+        out.groups[number] = f"group {entry.group}"
+
+
+class _Places:
+    """Inputs by the names of their files and of all folders above them."""
+
+    def __init__(self, found: Found):
+        self._files: dict[str, int] = {}
+        self._folders: dict[str, list[int]] = defaultdict(list)
+        for number, item in enumerate(found.inputs):
+            above: set[str] = set()
+            for file in item.files:
+                path = os.path.abspath(file)
+                self._files[path] = number
+                folder = os.path.dirname(path)
+                while folder not in above:
+                    above.add(folder)
+                    folder = os.path.dirname(folder)
+            for folder in above:
+                self._folders[folder].append(number)
+
+    def of(self, entry: Entry, bases: Sequence[Path]) -> tuple[list[int], int]:
+        """(numbers of the inputs, depth of the name: of a file beyond any folder)."""
+        names = [os.path.abspath(os.path.join(base, entry.name)) for base in bases]
+        for name in names:
+            if name in self._files:
+                return [self._files[name]], 1 << 16
+        for name in names:
+            if name in self._folders:
+                return self._folders[name], name.count(os.sep)
+        return [], 0
+
+
+# ---- what a row says
+
+
+Reader = Callable[[Entry, Counter[str]], Said | None]
+
+
+def tells(task: Task | Findings, listing: Listing) -> bool:
+    """Whether a list has a column with the truth of a task."""
+    titles = {t.casefold() for t in listing.header}
+    return listing.has_label or (
+        isinstance(task, Findings) and any(k.casefold() in titles for k in task.findings)
+    )
+
+
+def _reader(task: Task | Findings, listing: Listing) -> Reader:
+    if isinstance(task, Task):
+        return _class_reader(task, listing)
+    return _finding_reader(task, listing)
+
+
+def _class_reader(task: Task, listing: Listing) -> Reader:
+    if not listing.has_label:
+        raise _no_label(listing, "label, truth or class")
+    index = {k: i for i, k in enumerate(task.classes)}
+
+    def read(entry: Entry, unknown: Counter[str]) -> Said | None:
+        if entry.label and entry.label not in index:
+            unknown[entry.label] += 1
+        return index.get(entry.label)
+
+    return read
+
+
+def _finding_reader(task: Findings, listing: Listing) -> Reader:
+    """One column a finding (1, 0; -1 or empty: unknown), else a label column with names between semicolons."""
+    names = list(task.findings)
+    folded = {title.casefold(): k for k, title in enumerate(listing.header)}
+    columns = [folded.get(n.casefold()) for n in names]
+    if all(c is None for c in columns):
+        if not listing.has_label:
+            raise _no_label(listing, f"label with names between semicolons, or a column for {names[0]!r}")
+        return lambda entry, unknown: _listed(task, names, entry, unknown)
+
+    def read(entry: Entry, unknown: Counter[str]) -> Said | None:
+        values = [entry.cells[c].strip() if c is not None and c < len(entry.cells) else "" for c in columns]
+        wrong = next((v for v in values if v not in _VALUES), None)
+        if wrong is not None:
+            raise DataError(
+                f"{listing.file} line {entry.line}: a finding is {wrong[:40]!r}",
+                "1, 0, or -1 or empty: unknown",
+            )
+        said = tuple(_VALUES[v] for v in values)
+        return None if set(said) == {multilabel.UNKNOWN} else said
+
+    return read
+
+
+def _listed(task: Findings, names: Sequence[str], entry: Entry, unknown: Counter[str]) -> Said | None:
+    said = {x.strip() for x in entry.label.split(";")} - {""}
+    unknown.update(x for x in said if x not in names and x not in task.none and x not in task.ignore)
+    clear = said & set(task.none)
+    if clear and said & set(names):
+        raise DataError(f"line {entry.line} of the truth has findings and says {min(clear)!r}")
+    if not said - set(task.ignore):
+        return None
+    rest = multilabel.ABSENT if clear else multilabel.UNLISTED[task.unlisted]
+    return tuple(multilabel.PRESENT if n in said else rest for n in names)
+
+
+def _no_label(listing: Listing, what: str) -> DataError:
+    titles = ", ".join(t[:40] for t in listing.header[:12])
+    return DataError(f"{listing.file} has no column with the truth", f"{what}; there are: {titles}")
+
+
+def _no_class(task: Task | Findings, unknown: Counter[str]) -> DataError:
+    names = list(task.classes) if isinstance(task, Task) else list(task.findings)
+    parts = [f"{k[:60]!r} x{n}" for k, n in sorted(unknown.items())[:20]]
+    more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+    hint = did_you_mean(min(unknown), names)
+    return DataError(
+        f"the truth has labels that are no class: {', '.join(parts)}{more}.{hint}",
+        f"the classes are {', '.join(names)}",
+    )
+
+
+def words(task: Task | Findings, said: Said) -> str:
+    """The truth of a picture in a cell."""
+    if isinstance(said, int):
+        return list(task.classes)[said] if isinstance(task, Task) else ""
+    names = task.findings if isinstance(task, Findings) else ()
+    return "; ".join(k for k, v in zip(names, said, strict=True) if v == multilabel.PRESENT) or "none"
+
+
+# ---- how right the scores are
+
+
+@dataclass(slots=True, kw_only=True)
+class Judged:
+    """The metrics of a set of predictions."""
+
+    values: dict[str, metrics.Value]
+    main: str  # which of them is the task's own
+    n: int
+    subjects: int
+    notes: list[str]
+    json: dict[str, Any]
+
+
+def judge(asked: Question, found: Predictions, truth: Truth, *, resamples: int = 1000) -> Judged | None:
+    """Metrics of all pictures whose truth is known, with intervals by subject; None where there is no such picture.
+
+    Every slice counts, and of a slide its mean. Subjects are the groups of the truth, else files and volumes.
+
+    Args:
+        asked: what was asked.
+        found: the scores.
+        truth: see `match`.
+        resamples: bootstrap resamples; 0 = no intervals.
+    """
+    rows = [
+        r for r in found.rows if r["input"] in truth.said and (r["kind"] != "slide" or r["frame"] == MEAN)
+    ]
+    if not rows:
+        return None
+    groups = [truth.groups.get(r["input"], f"input {r['input']}") for r in rows]
+    said = np.array([truth.said[r["input"]] for r in rows])
+    ranks = np.stack([r["ranks"] for r in rows])
+    p = np.array([list(r["scores"].values()) for r in rows])
+    if isinstance(asked, Classes):
+        m = metrics.classification(ranks, said, asked.names, groups, probabilities=p, resamples=resamples)
+        result = TaskResult(task=asked.task, metrics=m)
+        values, main, plain = m.values, asked.task.metric, result.json()
+    else:
+        cuts = asked.fit.thresholds if asked.fit else None
+        m = multilabel_metrics.findings(
+            p, said, asked.names, groups, margins=ranks, thresholds=cuts, resamples=resamples
+        )
+        values, main = m.values, asked.task.metric
+        plain = {
+            "name": asked.task.name,
+            "metric": main,
+            "n": m.n,
+            "subjects": m.subjects,
+            "prompts": {"sha256": asked.task.digest, "shape": asked.task.shape()},
+            "values": {k: v.json() for k, v in m.values.items()},
+            "findings": {k: f.json() for k, f in m.findings.items()},
+            "notes": m.notes,
+        }
+    head = {"format": FORMAT, "version": VERSION, "resamples": resamples, "truth": dict(truth.counts)}
+    return Judged(values=values, main=main, n=m.n, subjects=m.subjects, notes=m.notes, json=head | plain)

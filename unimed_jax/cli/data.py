@@ -1,4 +1,4 @@
-"""`unimed-jax data`: build records from a source, check them, count them, look at some."""
+"""`unimed-jax data`: build records from a source, check them, count them, look at some, compare sets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unimed_jax.cli import overlap
 from unimed_jax.cli.args import Parser
 from unimed_jax.errors import DataError, UsageError
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="unimed-jax data", description="Records: build, check, stats, show.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{build,check,stats,show}")
+    parser = Parser(prog="unimed-jax data", description="Records: build, check, stats, show, overlap.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{build,check,stats,show,overlap}")
     build = verbs.add_parser(
         "build",
         help="write the records of a source",
@@ -53,6 +54,7 @@ def _parser() -> Parser:
     for verb in (check, stats):
         verb.add_argument("--workers", type=int, default=1, help="processes")
         verb.add_argument("--json", action="store_true", help="print JSON")
+    overlap.add_parser(verbs)
     return parser
 
 
@@ -63,11 +65,13 @@ def _sources_help() -> str:
 
 
 def run(argv: list[str]) -> int:
-    """Runs one of the four commands and returns the exit code."""
+    """Runs one of the commands and returns the exit code."""
     args = _parser().parse(argv)
     if getattr(args, "workers", 1) < 1:
         raise UsageError(f"--workers is {args.workers}", "at least 1")
-    return {"build": _build, "check": _check, "stats": _stats, "show": _show}[args.verb](args)
+    return {"build": _build, "check": _check, "stats": _stats, "show": _show, "overlap": overlap.run}[
+        args.verb
+    ](args)
 
 
 def _build(args: argparse.Namespace) -> int:

@@ -11,8 +11,7 @@ from unimed_jax.cli.args import Parser
 from unimed_jax.errors import SomeInputsFailed, UsageError
 
 if TYPE_CHECKING:
-    from unimed_jax.evaluate.embed import Texts
-    from unimed_jax.evaluate.inputs import Inputs
+    from unimed_jax.evaluate.inputs import Inputs, Texts
 
 
 def _parser() -> Parser:
@@ -120,10 +119,10 @@ def run(argv: list[str]) -> int:
 
 def _inputs(args: argparse.Namespace) -> Inputs | Texts:
     from unimed_jax.data import medical, windows
-    from unimed_jax.evaluate import embed, inputs
+    from unimed_jax.evaluate import inputs
 
     if args.text:
-        return embed.Texts(args.text)
+        return inputs.Texts(args.text)
     if args.data:
         return inputs.Records(args.data, args.split)
     window, slices = windows.parse_window(args.window), medical.Slices.parse(args.slices)

@@ -7,31 +7,26 @@ same bytes as that of an uninterrupted one.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from unimed_jax import __version__, vectors
 from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import embedding_table
 from unimed_jax.evaluate.embedding_table import Facts
-from unimed_jax.evaluate.inputs import Inputs, Item
+from unimed_jax.evaluate.inputs import Inputs, Texts, read_all
 from unimed_jax.infer import Loaded
 from unimed_jax.train import hygiene
 
 _BATCHES = 64  # in a part
-_AHEAD = 4  # inputs read ahead, for each thread
 _ERRORS = ("input", "reason", "remedy")
 
 Progress = Callable[[int, int], None]
@@ -46,37 +41,6 @@ class Done:
     rows: int
     errors: list[dict[str, str]] = field(default_factory=list)  # input, reason, remedy
     resumed: int = 0  # inputs of parts that an earlier run had finished
-
-
-class Texts:
-    """The lines of a UTF-8 text file; blank ones are left out, ids are line numbers from 1.
-
-    Raises:
-        UsageError: when there is no such file.
-        DataError: when it is no UTF-8, or has no text.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UsageError(f"no text file {path}", "a file with one text a line")
-        self._data = self.path.read_bytes()
-        try:
-            lines = self._data.decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as e:
-            line = self._data[: e.start].count(b"\n") + 1
-            raise DataError(f"{path} line {line} is no UTF-8 text", "save it as UTF-8") from None
-        self.lines = [(n, text.strip()) for n, text in enumerate(lines, 1) if text.strip()]
-        if not self.lines:
-            raise DataError(f"{path} has no text", "one text a line")
-        self.name = self.path.name
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def fingerprint(self) -> str:
-        """The digest of the file."""
-        return hashlib.sha256(self._data).hexdigest()
 
 
 def share_of(count: int, index: int, processes: int) -> range:
@@ -204,6 +168,32 @@ def to_parquet(
     return result
 
 
+def vectors_of(
+    loaded: Loaded,
+    inputs: Inputs,
+    numbers: Sequence[int],
+    *,
+    threads: int = 4,
+    progress: Progress | None = None,
+) -> tuple[list[str], Float[np.ndarray, "n d"]]:
+    """Ids and unit vectors of some inputs, in memory.
+
+    Raises:
+        DataError: for the first that cannot be read.
+    """
+    errors: list[dict[str, str]] = []
+    ids: list[str] = []
+    held = [np.zeros((0, loaded.cfg.embed_dim), np.float32)]
+    for rows, z, done in _picture_vectors(loaded, inputs, numbers, threads, errors):
+        ids += [r["id"] for r in rows]
+        held.append(z)
+        if progress:
+            progress(done, len(numbers))
+    if errors:
+        raise DataError(f"{errors[0]['input']}: {errors[0]['reason']}", errors[0]["remedy"])
+    return ids, np.concatenate(held)
+
+
 def check_target(target: Path, force: bool) -> None:
     """Refuses a target that is there, before any work.
 
@@ -307,7 +297,7 @@ def _text_vectors(
 
 
 def _picture_vectors(
-    loaded: Loaded, inputs: Inputs, numbers: range, threads: int, errors: list[dict[str, str]]
+    loaded: Loaded, inputs: Inputs, numbers: Sequence[int], threads: int, errors: list[dict[str, str]]
 ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray, int]]:
     """(rows, unit vectors, inputs done) of full batches; the next one is read and sent while the device computes."""
     waiting: tuple[Any, list[dict[str, Any]], int] | None = None
@@ -325,7 +315,7 @@ def _collect(z: Any, rows: list[dict[str, Any]], done: int) -> tuple[list[dict[s
 
 
 def _batches(
-    loaded: Loaded, inputs: Inputs, numbers: range, threads: int, errors: list[dict[str, str]]
+    loaded: Loaded, inputs: Inputs, numbers: Sequence[int], threads: int, errors: list[dict[str, str]]
 ) -> Iterator[tuple[np.ndarray, list[dict[str, Any]], int]]:
     """Batches of one size, the last padded with its last picture."""
     size = loaded.image_size
@@ -354,39 +344,6 @@ def _batches(
     if rows:
         batch[len(rows) :] = batch[len(rows) - 1]
         yield batch, rows, done
-
-
-def read_all(
-    inputs: Inputs, numbers: Sequence[int], make: Callable[[Item], Any], threads: int, *, hashed: bool = False
-) -> Iterator[tuple[int, list[tuple[Item, Any]] | DataError]]:
-    """(number, its items with `make` of each) in order, or the refusal; some are read ahead, in parallel.
-
-    An item comes without its picture: `make` keeps of it what is needed.
-    """
-
-    def work(number: int) -> list[tuple[Item, Any]] | DataError:
-        try:
-            return [
-                (dataclasses.replace(item, data=b""), make(item))
-                for item in inputs.read(number, hashed=hashed)
-            ]
-        except DataError as e:
-            return e
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        todo = iter(numbers)
-        queue: deque[tuple[int, Future[Any]]] = deque(
-            (n, pool.submit(work, n)) for n in islice(todo, _AHEAD * threads)
-        )
-        try:
-            while queue:
-                number, future = queue.popleft()
-                found = future.result()
-                queue.extend((n, pool.submit(work, n)) for n in islice(todo, 1))
-                yield number, found
-        finally:
-            for _, future in queue:
-                future.cancel()
 
 
 def _finish(result: Done, parts: Sequence[Path], facts: Facts, folder: Path) -> None:

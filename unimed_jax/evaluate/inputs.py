@@ -6,9 +6,13 @@ one, or the frames of a file; one that cannot be read raises, and the caller cou
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +23,8 @@ from PIL import Image
 from unimed_jax.data import files, images, medical, shards
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import layouts
+
+_AHEAD = 4  # inputs read ahead, for each thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +247,70 @@ class SuiteSets:
         lists = {k: t.sha256 for k, t in self._tables.items()}
         rows = [(name, str(r.path), r.frame) for name, r in self._rows]
         return hashlib.sha256(repr((lists, rows)).encode(errors="surrogateescape")).hexdigest()
+
+
+class Texts:
+    """The lines of a UTF-8 text file; blank ones are left out, ids are line numbers from 1.
+
+    Raises:
+        UsageError: when there is no such file.
+        DataError: when it is no UTF-8, or has no text.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UsageError(f"no text file {path}", "a file with one text a line")
+        self._data = self.path.read_bytes()
+        try:
+            lines = self._data.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as e:
+            line = self._data[: e.start].count(b"\n") + 1
+            raise DataError(f"{path} line {line} is no UTF-8 text", "save it as UTF-8") from None
+        self.lines = [(n, text.strip()) for n, text in enumerate(lines, 1) if text.strip()]
+        if not self.lines:
+            raise DataError(f"{path} has no text", "one text a line")
+        self.name = self.path.name
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def fingerprint(self) -> str:
+        """The digest of the file."""
+        return hashlib.sha256(self._data).hexdigest()
+
+
+def read_all(
+    inputs: Inputs, numbers: Sequence[int], make: Callable[[Item], Any], threads: int, *, hashed: bool = False
+) -> Iterator[tuple[int, list[tuple[Item, Any]] | DataError]]:
+    """(number, its items with `make` of each) in order, or the refusal; some are read ahead, in parallel.
+
+    An item comes without its picture: `make` keeps of it what is needed.
+    """
+
+    def work(number: int) -> list[tuple[Item, Any]] | DataError:
+        try:
+            return [
+                (dataclasses.replace(item, data=b""), make(item))
+                for item in inputs.read(number, hashed=hashed)
+            ]
+        except DataError as e:
+            return e
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+        todo = iter(numbers)
+        queue: deque[tuple[int, Future[Any]]] = deque(
+            (n, pool.submit(work, n)) for n in islice(todo, _AHEAD * threads)
+        )
+        try:
+            while queue:
+                number, future = queue.popleft()
+                found = future.result()
+                queue.extend((n, pool.submit(work, n)) for n in islice(todo, 1))
+                yield number, found
+        finally:
+            for _, future in queue:
+                future.cancel()
 
 
 def open_place(place: str | Path, **options: Any) -> Files | Records:

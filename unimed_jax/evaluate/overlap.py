@@ -1,0 +1,318 @@
+"""Pictures that two sets share, or one set holds twice: an audit of training against evaluation.
+
+Four kinds of evidence, the strongest first; a pair is named once, by the strongest that it has:
+
+- `bytes`: the stored files are equal (SHA-256);
+- `pixels`: the decoded pictures are equal, in whatever format;
+- `phash`: perceptual hashes differ in at most some bits (data/phash.py), which may be by chance;
+- `embedding`: a model sees them as nearly the same, which neighbouring slices of a volume are, too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from unimed_jax.data import phash
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate import embed, search
+from unimed_jax.evaluate.inputs import Inputs, Item, read_all
+from unimed_jax.infer import Loaded
+
+KINDS = ("bytes", "pixels", "phash", "embedding")
+MOST = 20  # pairs listed for one picture and one kind, the closest first; all are counted
+COSINE = 0.98
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class Prints:
+    """What identifies the pictures of one set."""
+
+    name: str
+    ids: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)  # of the input that holds it
+    stored: list[str] = field(default_factory=list)  # SHA-256 of the stored bytes
+    pixels: list[bytes] = field(default_factory=list)  # digest of shape and values
+    hashes: list[int] = field(default_factory=list)
+    flat: list[bool] = field(default_factory=list)  # of nearly one gray: without a hash
+    errors: list[dict[str, str]] = field(default_factory=list)  # set, input, reason
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two pictures, as positions in their sets."""
+
+    kind: str
+    a: int
+    b: int
+    bits: int | None = None  # in which the hashes differ
+    cosine: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Audit:
+    """What was found."""
+
+    a: Prints
+    b: Prints
+    itself: bool  # one set against itself; pairs have a < b
+    distance: int
+    cosine: float | None
+    model: dict[str, str] | None = None
+    pairs: list[Pair] = field(default_factory=list)  # those that are listed
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # kind -> pairs, pictures of b
+
+    @property
+    def shared(self) -> int:
+        """Pictures of b with any pair."""
+        return len({p.b for p in self.pairs})
+
+    @property
+    def errors(self) -> list[dict[str, str]]:
+        """Pictures that could not be read, of both sets."""
+        return self.a.errors if self.itself else [*self.a.errors, *self.b.errors]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The pairs with names, the strongest kind first, then the order of b."""
+        order = sorted(
+            self.pairs, key=lambda p: (KINDS.index(p.kind), p.b, p.bits or 0, -(p.cosine or 0), p.a)
+        )
+        return [
+            {"kind": p.kind, "bits": p.bits, "cosine": p.cosine, "a": self.a.ids[p.a], "b": self.b.ids[p.b]}
+            for p in order
+        ]
+
+    def json(self) -> dict[str, Any]:
+        """Counts, settings and pairs."""
+        sets = {"a": self.a} if self.itself else {"a": self.a, "b": self.b}
+        return {
+            "format": "unimed_jax.overlap",
+            "version": 1,
+            "sets": {
+                k: {"name": s.name, "pictures": len(s), "flat": sum(s.flat), "failed": len(s.errors)}
+                for k, s in sets.items()
+            },
+            "settings": {
+                "distance": self.distance,
+                "cosine": self.cosine,
+                "model": self.model,
+                "listed": MOST,
+            },
+            "shared": self.shared,
+            "counts": self.counts,
+            "pairs": self.rows(),
+        }
+
+
+def fingerprint(inputs: Inputs, *, threads: int = 4, progress: Progress | None = None) -> Prints:
+    """Reads and decodes every picture once; those that cannot be read are listed.
+
+    Raises:
+        DataError: when none can be read.
+    """
+    out = Prints(name=inputs.name)
+    for done, (number, found) in enumerate(
+        read_all(inputs, range(len(inputs)), _print, threads, hashed=True), 1
+    ):
+        if isinstance(found, DataError):
+            out.errors.append({"set": out.name, "input": inputs.title(number), "reason": found.cause})
+        else:
+            for item, (pixels, bits) in found:
+                out.ids.append(item.id)
+                out.numbers.append(number)
+                out.stored.append(item.sha256)
+                out.pixels.append(pixels)
+                out.hashes.append(bits or 0)
+                out.flat.append(bits is None)
+        if progress:
+            progress(done, len(inputs))
+    if not len(out):
+        first = out.errors[0]["reason"] if out.errors else "there is none"
+        raise DataError(f"no picture of {out.name} can be read, the first: {first}")
+    return out
+
+
+def _print(item: Item) -> tuple[bytes, int | None]:
+    pixels = item.pixels()
+    digest = hashlib.sha256(f"{pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()[:16], phash.phash(pixels)
+
+
+def audit(
+    a: Inputs,
+    b: Inputs | None = None,
+    *,
+    distance: int = phash.DISTANCE,
+    loaded: Loaded | None = None,
+    cosine: float = COSINE,
+    threads: int = 4,
+    progress: Progress | None = None,
+) -> Audit:
+    """Finds the pictures of `b` that `a` has, too; without `b` the pictures that `a` has more than once.
+
+    Args:
+        a: usually what was trained on.
+        b: usually what is evaluated on.
+        distance: bits in which perceptual hashes may differ; below 0 = this kind is not asked for.
+        loaded: a model for the last kind; None = without it.
+        cosine: of two embeddings, from which they count as nearly the same.
+        threads: pictures read in parallel.
+        progress: called with (done, all) inputs, for each set and stage.
+
+    Raises:
+        UsageError: for a distance or cosine out of range.
+        DataError: when no picture of a set can be read, or far too many are similar.
+    """
+    if distance > phash.FURTHEST:
+        raise UsageError(f"distance is {distance}", f"0 to {phash.FURTHEST} bits, or below 0 for none")
+    if not -1 <= cosine <= 1:
+        raise UsageError(f"cosine is {cosine}", "-1 to 1")
+    prints_a = fingerprint(a, threads=threads, progress=progress)
+    prints_b = fingerprint(b, threads=threads, progress=progress) if b is not None else prints_a
+    out = Audit(
+        a=prints_a, b=prints_b, itself=b is None, distance=distance, cosine=cosine if loaded else None
+    )
+    out.model = {"name": loaded.cfg.name, "sha256": loaded.digest} if loaded else None
+    stages: list[tuple[str, Iterator[_Found]]] = [
+        ("bytes", _equal(out, "bytes")),
+        ("pixels", _equal(out, "pixels")),
+    ]
+    if distance >= 0:
+        stages.append(("phash", _similar(out)))
+    if loaded is not None:
+        stages.append(("embedding", _seen(out, loaded, a, b, threads, progress)))
+    for kind, found in stages:
+        total, pictures = 0, 0
+        for pairs, count in found:
+            out.pairs += pairs
+            total += count
+            pictures += 1
+        out.counts[kind] = {"pairs": total, "pictures": pictures}
+    return out
+
+
+# Of one picture of b: its pairs, at most `MOST`, and how many there are. Each kind implies the following one, except
+# the last, so that pairs that are new are those which the kind before does not have.
+_Found = tuple[list[Pair], int]
+
+
+def _groups(values: Sequence[Any]) -> dict[Any, list[int]]:
+    places: dict[Any, list[int]] = {}
+    for i, value in enumerate(values):
+        places.setdefault(value, []).append(i)
+    return places
+
+
+def _before(out: Audit, group: Sequence[int], j: int) -> int:
+    """How many of a group of a's pictures are compared with picture j: in one set only those before it."""
+    return bisect.bisect_left(group, j) if out.itself else len(group)
+
+
+def _equal(out: Audit, kind: str) -> Iterator[_Found]:
+    """Equal bytes; or equal pixels of different bytes."""
+    a, b = out.a, out.b
+    stored, pixels = _groups(a.stored), _groups(a.pixels)
+    for j in range(len(b)):
+        mine = stored.get(b.stored[j], [])
+        same = _before(out, mine, j)
+        if kind == "bytes":
+            if same:
+                yield [Pair(kind, i, j) for i in mine[: min(same, MOST)]], same
+            continue
+        group = pixels.get(b.pixels[j], [])
+        count = _before(out, group, j)
+        if count > same:
+            other = (i for i in group[:count] if a.stored[i] != b.stored[j])
+            yield [Pair(kind, i, j) for i in islice(other, MOST)], count - same
+
+
+def _similar(out: Audit) -> Iterator[_Found]:
+    """Hashes that differ little, of different pixels; each distinct hash is looked up once."""
+    a, b = out.a, out.b
+    groups_a = _groups([None if flat else h for h, flat in zip(a.hashes, a.flat, strict=True)])
+    groups_b = _groups([None if flat else h for h, flat in zip(b.hashes, b.flat, strict=True)])
+    keys_a, keys_b = ([k for k in g if k is not None] for g in (groups_a, groups_b))
+    at, of, bits = phash.near(np.array(keys_a, np.uint64), np.array(keys_b, np.uint64), out.distance)
+    pixels = _groups(a.pixels)
+    for k, rows in groupby(range(len(of)), lambda r: int(of[r])):
+        close = [(int(bits[r]), groups_a[keys_a[int(at[r])]]) for r in rows]
+        for j in groups_b[keys_b[k]]:
+            same = _before(out, pixels.get(b.pixels[j], []), j)
+            count = sum(_before(out, g, j) for _, g in close) - same
+            if count > 0:
+                other = (
+                    Pair("phash", i, j, bits=n)
+                    for n, g in close
+                    for i in g[: _before(out, g, j)]
+                    if a.pixels[i] != b.pixels[j]
+                )
+                yield list(islice(other, MOST)), count
+
+
+def _seen(
+    out: Audit, loaded: Loaded, a: Inputs, b: Inputs | None, threads: int, progress: Progress | None
+) -> Iterator[_Found]:
+    """Embeddings with a large cosine, of pictures that nothing else has paired; at most `MOST` of each are counted."""
+    z_a = _embeddings(loaded, a, out.a, threads, progress)
+    z_b = _embeddings(loaded, b, out.b, threads, progress) if b is not None else z_a
+    known = {(p.a, p.b) for p in out.pairs}
+    k = MOST + 1 + max((sum(1 for _ in g) for _, g in groupby(sorted(p.b for p in out.pairs))), default=0)
+    scores, rows = search.top_k(z_b, (z_a[i : i + search.SLAB] for i in range(0, len(z_a), search.SLAB)), k)
+    assert out.cosine is not None
+    for j in range(len(z_b)):
+        pairs = [
+            Pair("embedding", i, j, cosine=s)
+            for s, i in zip(scores[j].tolist(), rows[j].tolist(), strict=True)
+            if s >= out.cosine and (i, j) not in known and not (out.itself and i >= j)
+        ][:MOST]
+        if pairs:
+            yield pairs, len(pairs)
+
+
+def _embeddings(
+    loaded: Loaded, inputs: Inputs, prints: Prints, threads: int, progress: Progress | None
+) -> Float[np.ndarray, "n d"]:
+    """Unit vectors in the order of the prints.
+
+    Raises:
+        DataError: when a picture that was read before cannot be read now.
+    """
+    numbers = list(dict.fromkeys(prints.numbers))
+    ids, z = embed.vectors_of(loaded, inputs, numbers, threads=threads, progress=progress)
+    if ids != prints.ids:
+        raise DataError(f"{prints.name} has changed while it was read", "run it again")
+    return z
+
+
+def examples(
+    out: Audit, a: Inputs, b: Inputs | None, count: int = 12
+) -> dict[str, list[tuple[Pair, Item, Item]]]:
+    """Some pairs of each kind with their pictures, the least certain first, each picture of b once."""
+    chosen: dict[str, list[tuple[Pair, Item, Item]]] = {}
+    doubt = lambda p: (-(p.bits or 0), p.cosine or 0.0, p.b)
+    for kind in KINDS:
+        seen: set[int] = set()
+        for p in sorted((p for p in out.pairs if p.kind == kind), key=doubt):
+            if p.b in seen or len(seen) == count:
+                continue
+            seen.add(p.b)
+            pictures = _again(a, out.a, p.a), _again(b or a, out.b, p.b)
+            chosen.setdefault(kind, []).append((p, *pictures))
+    return chosen
+
+
+def _again(inputs: Inputs, prints: Prints, place: int) -> Item:
+    return next(item for item in inputs.read(prints.numbers[place]) if item.id == prints.ids[place])

@@ -75,6 +75,14 @@ def test_flips_and_rotations_are_other_pictures():
     assert bits(image, image.transpose(Image.Transpose.ROTATE_90)) > phash.DISTANCE
 
 
+def test_the_middle_square_of_a_picture_is_found():
+    whole = [np.asarray(scene(i)) for i in range(50)]
+    squares = [np.asarray(Image.fromarray(w[:, 20:200]).resize((224, 224))) for w in whole]
+    for w, s in zip(whole, squares, strict=True):
+        assert len(phash.phashes(s)) == 1
+        assert min((x ^ phash.phashes(s)[0]).bit_count() for x in phash.phashes(w)) <= phash.DISTANCE
+
+
 def test_noise_does_not_decide_about_a_symmetric_picture():
     """Half of the coefficients are exactly zero there."""
     half = np.asarray(scene(3))

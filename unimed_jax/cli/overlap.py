@@ -138,7 +138,7 @@ def _table(found: Audit) -> str:
     lines = []
     for name, s in [("a", found.a)] if found.itself else [("a", found.a), ("b", found.b)]:
         failed = f", {len(s.errors)} could not be read" if s.errors else ""
-        flat = f", {sum(s.flat)} of nearly one gray (no hash)" if any(s.flat) else ""
+        flat = f", {s.flat} of nearly one gray (no hash)" if s.flat else ""
         lines.append(f"{name}       {s.name}: {len(s)} pictures{flat}{failed}")
     for kind, n in found.counts.items():
         limit = {"phash": f" (at most {found.distance} bits)", "embedding": f" (cosine >= {found.cosine})"}

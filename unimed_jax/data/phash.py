@@ -3,7 +3,8 @@
 The picture in gray is reduced to 32 x 32; bit k says whether coefficient k of its lowest 8 x 8 frequencies (of the
 two-dimensional DCT-II, without those that are constant along an axis) is above their median (the idea is that of
 Zauner's pHash, 2010). A small band above the median counts as below: coefficients of a mirror-symmetric picture are
-zero there, and noise would decide. Flips and rotations change the hash.
+zero there, and noise would decide. Flips, rotations
+and larger crops change the hash.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ FURTHEST = 15  # above this, hashes of unrelated pictures are too often as near
 _SIDE, _FREQUENCIES = 32, 8
 _BAND = 1e-3  # of the length of all coefficients
 _FLAT = 2.0  # gray levels: a standard deviation below this is no picture that could be recognised
+_SQUARE = 1.02  # long side over short side, below which a picture is a square
 _BANDS, _BITS = 4, 16
 _AT_ONCE = 1 << 22  # candidates
 _MOST = 20_000_000  # pairs
@@ -50,6 +52,23 @@ def phash(pixels: UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"]) -> int 
     found = (_cosines() @ small @ _cosines().T).ravel()
     bits = found > np.median(found) + _BAND * np.linalg.norm(found)
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def phashes(pixels: UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"]) -> tuple[int, ...]:
+    """The hashes of a picture and, unless it is a square, of its middle square, which is what many copies keep.
+
+    Example:
+        >>> gradient = np.add.outer(np.arange(64), 3 * np.arange(80)).astype(np.uint8)
+        >>> len(phashes(gradient)), len(phashes(gradient[:, :64])), phashes(gradient * 0)
+        (2, 1, ())
+    """
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    found = [phash(pixels)]
+    if max(height, width) > _SQUARE * side:
+        top, left = (height - side) // 2, (width - side) // 2
+        found.append(phash(np.ascontiguousarray(pixels[top : top + side, left : left + side])))
+    return tuple(h for h in found if h is not None)
 
 
 def near(

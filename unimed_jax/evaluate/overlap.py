@@ -42,12 +42,16 @@ class Prints:
     numbers: list[int] = field(default_factory=list)  # of the input that holds it
     stored: list[str] = field(default_factory=list)  # SHA-256 of the stored bytes
     pixels: list[bytes] = field(default_factory=list)  # digest of shape and values
-    hashes: list[int] = field(default_factory=list)
-    flat: list[bool] = field(default_factory=list)  # of nearly one gray: without a hash
+    hashes: list[tuple[int, ...]] = field(default_factory=list)  # none for a picture of nearly one gray
     errors: list[dict[str, str]] = field(default_factory=list)  # set, input, reason
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def flat(self) -> int:
+        """Pictures of nearly one gray."""
+        return sum(not h for h in self.hashes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ class Audit:
             "format": "unimed_jax.overlap",
             "version": 1,
             "sets": {
-                k: {"name": s.name, "pictures": len(s), "flat": sum(s.flat), "failed": len(s.errors)}
+                k: {"name": s.name, "pictures": len(s), "flat": s.flat, "failed": len(s.errors)}
                 for k, s in sets.items()
             },
             "settings": {
@@ -129,13 +133,12 @@ def fingerprint(inputs: Inputs, *, threads: int = 4, progress: Progress | None =
         if isinstance(found, DataError):
             out.errors.append({"set": out.name, "input": inputs.title(number), "reason": found.cause})
         else:
-            for item, (pixels, bits) in found:
+            for item, (pixels, hashes) in found:
                 out.ids.append(item.id)
                 out.numbers.append(number)
                 out.stored.append(item.sha256)
                 out.pixels.append(pixels)
-                out.hashes.append(bits or 0)
-                out.flat.append(bits is None)
+                out.hashes.append(hashes)
         if progress:
             progress(done, len(inputs))
     if not len(out):
@@ -144,11 +147,11 @@ def fingerprint(inputs: Inputs, *, threads: int = 4, progress: Progress | None =
     return out
 
 
-def _print(item: Item) -> tuple[bytes, int | None]:
+def _print(item: Item) -> tuple[bytes, tuple[int, ...]]:
     pixels = item.pixels()
     digest = hashlib.sha256(f"{pixels.shape}".encode())
     digest.update(np.ascontiguousarray(pixels).data)
-    return digest.digest()[:16], phash.phash(pixels)
+    return digest.digest()[:16], phash.phashes(pixels)
 
 
 def audit(
@@ -240,26 +243,39 @@ def _equal(out: Audit, kind: str) -> Iterator[_Found]:
 
 
 def _similar(out: Audit) -> Iterator[_Found]:
-    """Hashes that differ little, of different pixels; each distinct hash is looked up once."""
+    """Hashes that differ little, of different pixels; pictures of equal pixels are looked up once."""
     a, b = out.a, out.b
-    groups_a = _groups([None if flat else h for h, flat in zip(a.hashes, a.flat, strict=True)])
-    groups_b = _groups([None if flat else h for h, flat in zip(b.hashes, b.flat, strict=True)])
-    keys_a, keys_b = ([k for k in g if k is not None] for g in (groups_a, groups_b))
-    at, of, bits = phash.near(np.array(keys_a, np.uint64), np.array(keys_b, np.uint64), out.distance)
-    pixels = _groups(a.pixels)
-    for k, rows in groupby(range(len(of)), lambda r: int(of[r])):
-        close = [(int(bits[r]), groups_a[keys_a[int(at[r])]]) for r in rows]
-        for j in groups_b[keys_b[k]]:
-            same = _before(out, pixels.get(b.pixels[j], []), j)
-            count = sum(_before(out, g, j) for _, g in close) - same
-            if count > 0:
-                other = (
-                    Pair("phash", i, j, bits=n)
-                    for n, g in close
-                    for i in g[: _before(out, g, j)]
-                    if a.pixels[i] != b.pixels[j]
+    groups_a, groups_b = _groups(a.pixels), _groups(b.pixels)
+    rows_a, rows_b = list(groups_a.values()), list(groups_b.values())
+    found = _nearby([a.hashes[r[0]] for r in rows_a], [b.hashes[r[0]] for r in rows_b], out.distance)
+    for k, close in found.items():
+        near = [
+            (n, rows_a[i])
+            for i, n in sorted(close.items(), key=lambda x: (x[1], x[0]))
+            if a.pixels[rows_a[i][0]] != b.pixels[rows_b[k][0]]
+        ]
+        for j in rows_b[k]:
+            count = sum(_before(out, rows, j) for _, rows in near)
+            if count:
+                every = (
+                    Pair("phash", i, j, bits=n) for n, rows in near for i in rows[: _before(out, rows, j)]
                 )
-                yield list(islice(other, MOST)), count
+                yield list(islice(every, MOST)), count
+
+
+def _nearby(
+    a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]], distance: int
+) -> dict[int, dict[int, int]]:
+    """For each place in b: the places in a that are near with any of their hashes, and the least bits."""
+    of_a = [i for i, hashes in enumerate(a) for _ in hashes]
+    of_b = [j for j, hashes in enumerate(b) for _ in hashes]
+    flat = [np.array([h for hashes in s for h in hashes], np.uint64) for s in (a, b)]
+    out: dict[int, dict[int, int]] = {}
+    near = phash.near(flat[0], flat[1], distance)
+    for i, j, n in zip(*(x.tolist() for x in near), strict=True):
+        close = out.setdefault(of_b[j], {})
+        close[of_a[i]] = min(n, close.get(of_a[i], n))
+    return out
 
 
 def _seen(

@@ -281,7 +281,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise UsageError(f"{where} has no field {name!r}.{did_you_mean(name, hints)}")
+            raise UsageError(f"{where} has no field {name!r:.90}.{did_you_mean(name, hints)}")
     return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 
@@ -291,7 +291,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UsageError(f"{where} is {value!r}, not a list")
+            raise UsageError(f"{where} is {value!r:.90}, not a list")
         args = typing.get_args(hint)
         inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
         if len(inner) != len(value):
@@ -299,10 +299,13 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return tuple(
             _coerce(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value, strict=True))
         )
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            raise UsageError(f"{where} is a number of {len(str(value))} digits") from None
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise UsageError(f"{where} is {value!r}", f"it must be of type {hint.__name__}")
+        raise UsageError(f"{where} is {value!r:.90}", f"it must be of type {hint.__name__}")
     return value
 
 

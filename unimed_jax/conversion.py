@@ -297,12 +297,9 @@ def _own(r: Request, tell: Tell) -> Converted:
 
 def _own_origin(r: Request) -> card.Origin:
     """What the source says of its own origin, and that it went through our hands."""
-    said = model_folder.about(r.src)
-    said = {**said, **(said.get("origin") or {})}
-    known: dict[str, Any] = {f.name: said[f.name] for f in dataclasses.fields(card.Origin) if f.name in said}
+    known = card.origin_of(model_folder.about(r.src))
     passed = f"converted from the model folder or run {Path(str(r.src)).name}"
-    known["note"] = (*known.get("note", ()), passed)
-    return card.Origin(**known)
+    return dataclasses.replace(known, note=(*known.note, passed))
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

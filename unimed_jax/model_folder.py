@@ -7,7 +7,6 @@ encoded) and `README.md`, the model card. Files and folders of other libraries a
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,9 @@ import numpy as np
 from unimed_jax import __version__, config, config_rules
 from unimed_jax.convert import card, optimizer
 from unimed_jax.convert.configs import read_json
+from unimed_jax.convert.mapped import shown
 from unimed_jax.convert.mapping import finite
+from unimed_jax.convert.names import plain, some
 from unimed_jax.convert.tensor_file import read_with_metadata
 from unimed_jax.convert.tensor_writer import write_safetensors
 from unimed_jax.data import files
@@ -120,13 +121,25 @@ def _read_config(folder: Path) -> tuple[config.Model, str]:
         )
     if spec.get("version") != VERSION:
         raise DataError(
-            f"{folder} has version {spec.get('version')!r}, this program reads {VERSION}", "update it"
+            f"{folder} has version {shown(spec.get('version'))}, this program reads {VERSION}", "update it"
         )
+    digest = _text(spec, "tokenizer", "digest", folder)
     try:
         cfg = config.from_dict(config.Model, spec.get("model", {}), where=f"{folder / CONFIG}: model")
-        return config_rules.validate_model(cfg), str((spec.get("tokenizer") or {}).get("digest", ""))
+        return config_rules.validate_model(cfg), digest
     except UsageError as e:  # the folder is wrong, not the request
         raise DataError(e.cause, e.remedy or "restore the folder, or update the program") from e
+
+
+def _text(spec: Mapping[str, Any], part: str, name: str, folder: Path) -> str:
+    """A text in one part of a config.json; "" when there is none."""
+    table = spec.get(part) or {}
+    value = table.get(name) or "" if isinstance(table, dict) else None
+    if not isinstance(value, str):
+        raise DataError(
+            f"{folder / CONFIG}: {part} {shown(table)} has no readable {name}", "copy the folder again"
+        )
+    return value
 
 
 def _from_folder(folder: Path) -> Parts:
@@ -184,11 +197,16 @@ def about(path: str | Path) -> dict[str, Any]:
 
 def describe_origin(path: str | Path) -> list[str]:
     """Where the weights of a model folder come from, as it says itself: "hub: REPO FILE at REVISION, sha256 ..."."""
-    origin = about(path).get("origin", {})
-    files = [f for f in origin.get("files", {}).values() if isinstance(f, dict)]
-    lines = [f"hub: {f['repo']} {f['name']} at {f['revision']}, sha256 {f['sha256']}" for f in files]
-    lines += [f"{k}: {origin[k]}" for k in ("licence", "use", "file", "sha256") if origin.get(k)]
-    return lines
+    origin = about(path).get("origin")
+    said = {k: v for k, v in origin.items() if v} if isinstance(origin, dict) else {}
+    files = said["files"].values() if isinstance(said.get("files"), dict) else ()
+    word = lambda table, k: plain(str(table.get(k, "not known")))
+    lines = [
+        f"hub: {word(f, 'repo')} {word(f, 'name')} at {word(f, 'revision')}, sha256 {word(f, 'sha256')}"
+        for f in files
+        if isinstance(f, dict)
+    ]
+    return lines + [f"{k}: {word(said, k)}" for k in ("licence", "use", "file", "sha256") if k in said]
 
 
 def verify(path: str | Path) -> None:
@@ -204,7 +222,7 @@ def verify(path: str | Path) -> None:
         _read_config(folder)
         spec = read_json(folder / CONFIG)
         for name, part in ((WEIGHTS, "weights"), (TOKENIZER, "tokenizer")):
-            wanted = (spec.get(part) or {}).get("sha256", "")
+            wanted = _text(spec, part, "sha256", folder)
             if wanted and (folder / name).is_file() and files.file_sha256(folder / name) != wanted:
                 raise DataError(f"{folder / name} has changed since it was saved", "copy the folder again")
 
@@ -244,11 +262,7 @@ def checked(
         else:
             yield name, value
     faults = {"missing": sorted(wanted.keys() - seen), **faults}
-    words = [
-        f"{len(v)} {kind}: {', '.join(v[:8])}{', ...' if len(v) > 8 else ''}"
-        for kind, v in faults.items()
-        if v
-    ]
+    words = [f"{len(v)} {kind}: {some(v, 8)}" for kind, v in faults.items() if v]
     if words:
         raise DataError(
             f"{where} does not fit {cfg.name}: {'; '.join(words)}", "use the files that belong together"
@@ -270,7 +284,8 @@ def open_tokenizer(path: Path, cfg: config.Model, digest: str = "", where: Path 
     tokenizer = Tokenizer(path)
     if digest and tokenizer.digest != digest:
         raise DataError(
-            f"{tokenizer.path} is not the tokenizer of {where} (digest {tokenizer.digest[:12]}, not {digest[:12]})",
+            f"{tokenizer.path} is not the tokenizer of {where} (digest {tokenizer.digest[:12]}, "
+            f"not {plain(digest[:12])})",
             "restore the tokenizer that the model was saved with",
         )
     if tokenizer.kind != cfg.text.kind or (tokenizer.kind == "bert" and tokenizer.pad_id != cfg.text.pad_id):
@@ -348,13 +363,11 @@ def _leaves(params: clip.Params | Iterable[tuple[str, np.ndarray]]) -> Iterable[
 
 
 def _card(cfg: config.Model, tokenizer: Tokenizer | None, about: Mapping[str, Any], place: str) -> str:
-    known = {f.name for f in dataclasses.fields(card.Origin)}
-    said = {k: v for k, v in {**about, **about.get("origin", {})}.items() if k in known}
     return card.card(
         cfg,
         "native",
         place=place,
-        origin=card.Origin(**said),
+        origin=card.origin_of(about),
         tokenizer=tokenizer is not None,
         verified=about.get("verified"),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,26 @@ class Origin:
             *(("note", line) for line in self.note),
         ]
         return [(k, v) for k, v in rows if v]
+
+
+def origin_of(said: Mapping[str, Any]) -> Origin:
+    """The origin that a config.json tells, in its fields or in those of "origin"; values of other types are left out.
+
+    Example:
+        >>> origin_of({"run": "a", "steps": "many", "origin": {"licence": "MIT"}, "x": 1})
+        Origin(file='', sha256='', format='', repo='', revision='', run='a', steps=0, licence='MIT', note=())
+    """
+    inner = said.get("origin")
+    said = {**said, **(inner if isinstance(inner, Mapping) else {})}
+    known: dict[str, Any] = {}
+    for f in fields(Origin):
+        value = said.get(f.name)
+        if f.name == "note":
+            lines = value if isinstance(value, (list, tuple)) else ()
+            known["note"] = tuple(x for x in lines if isinstance(x, str))
+        elif type(value) is (int if f.name == "steps" else str):
+            known[f.name] = value
+    return Origin(**known)
 
 
 def card(

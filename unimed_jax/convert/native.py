@@ -21,6 +21,8 @@ import numpy as np
 from unimed_jax import config
 from unimed_jax.convert import architecture, mapping, optimizer, positions, source, tensor_file
 from unimed_jax.convert.configs import read_json
+from unimed_jax.convert.mapped import shown
+from unimed_jax.convert.names import plain, some
 from unimed_jax.convert.tensor_file import read_with_metadata
 from unimed_jax.convert.tensor_writer import write_safetensors
 from unimed_jax.data import files
@@ -66,10 +68,10 @@ def load_tower(file: str | Path) -> tuple[clip.Params, dict[str, Any]]:
     leaves, header = read_with_metadata(file)
     if header.get("format") != FORMAT or header.get("version") != "1":
         raise DataError(
-            f"{file} is no tower file (format {header.get('format')!r}, version {header.get('version')!r})",
+            f"{file} is no tower file (format {shown(header.get('format'))}, version {shown(header.get('version'))})",
             "convert it first: unimed-jax convert",
         )
-    return clip.unflatten(leaves), json.loads(header.get("meta", "{}"))
+    return clip.unflatten(leaves), source.tower_meta(header, str(file))
 
 
 def names_weights(i: config.Init) -> bool:
@@ -172,7 +174,7 @@ def _open_part(file: str, parts: tuple[str, ...], cfg: config.Train) -> _Part:
     for tower in ("vision", "text"):
         if tower in parts and tower not in held:
             there = sorted((held | part.left.keys()) & {"vision", "text", "logit_scale"})
-            raise DataError(f"{file} holds no {tower} tower, only {', '.join(there)}")
+            raise DataError(f"{file} holds no {tower} tower, only {', '.join(there) or 'others'}")
     if parts[0] == "logit_scale" and parts[0] not in held:
         raise DataError(f"{file} holds no logit_scale", "leave init.logit_scale empty: it starts fresh")
     _fit_positions(part, cfg, file)
@@ -213,7 +215,7 @@ def _native_part(file: str, path: Path, parts: tuple[str, ...], m: config.Model)
 
 def _chosen(leaves: Mapping[str, np.ndarray], parts: tuple[str, ...]) -> _Part:
     kept = {k: v for k, v in leaves.items() if k.split("/")[0] in parts}
-    rest = {k.split("/")[0] for k in leaves if k not in kept}
+    rest = {plain(k.split("/")[0]) for k in leaves if k not in kept}
     return _Part(leaves=kept, left=dict.fromkeys(sorted(rest), "not asked for"))
 
 
@@ -363,10 +365,11 @@ def refuse_other_tokenizer(cfg: config.Train, digest: str) -> None:
         if state is not None:
             theirs, give = str(checkpoint.read_meta(state).get("tokenizer", "")), "TOKENIZER OF THAT RUN"
         else:
-            theirs, give = str((folder_settings(path).get("tokenizer") or {}).get("digest", "")), str(path)
+            said = folder_settings(path).get("tokenizer")
+            theirs, give = str(said.get("digest", "") if isinstance(said, dict) else ""), str(path)
         if theirs not in ("", digest):
             raise DataError(
-                f"{file} was trained with another tokenizer (sha256 {theirs[:12]}, now {digest[:12]})",
+                f"{file} was trained with another tokenizer (sha256 {plain(theirs[:12])}, now {digest[:12]})",
                 f"--config.data.tokenizer={give}, and records exported with it",
             )
 
@@ -415,7 +418,7 @@ def _check(loaded: dict[str, np.ndarray], leaves: dict[str, Any], parts: tuple[s
     ]
     broken = [k for k, v in loaded.items() if k in own and not np.isfinite(v).all()]
     faults = {"missing": missing, "unexpected": unexpected, "mis-shaped": shaped, "not finite": broken}
-    words = [f"{len(v)} {kind}: {', '.join(v[:6])}" for kind, v in faults.items() if v]
+    words = [f"{len(v)} {kind}: {some(v)}" for kind, v in faults.items() if v]
     if words:
         raise DataError(
             f"{file} does not fit the model: {'; '.join(words)}", "choose the architecture of the file"

@@ -332,12 +332,27 @@ def load(file: str | Path) -> Moments:
         DataError: when it is missing, damaged or of another format.
     """
     leaves, meta = read_with_metadata(file)
-    if (meta.get("format"), meta.get("version")) != (FORMAT, "1") or not meta.get("step", "").isdigit():
-        raise DataError(f"{file} holds no moments (format {meta.get('format')!r})", "convert it again")
+    if (meta.get("format"), meta.get("version")) != (FORMAT, "1"):
+        raise DataError(f"{file} holds no moments (format {shown(meta.get('format'))})", "convert it again")
+    step, settings = _about(meta, str(file))
     part = lambda kind: {k[len(kind) :]: v for k, v in leaves.items() if k.startswith(kind)}
     return Moments(
         first=part("mu/").items,
         second=part("nu/").items,
-        step=int(meta["step"]),
-        settings=json.loads(meta.get("settings", "{}")),
+        step=step,
+        settings=settings,
+    )
+
+
+def _about(meta: Mapping[str, str], where: str) -> tuple[int, dict[str, float]]:
+    """Updates and settings that a file's header tells."""
+    step, settings = meta.get("step", ""), meta.get("settings", "{}")
+    try:
+        if re.fullmatch("[0-9]{1,18}", step):
+            return int(step), {k: float(v) for k, v in json.loads(settings).items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        pass
+    raise DataError(
+        f"{where} says nothing readable of its moments: step {shown(step)}, settings {shown(settings)}",
+        "convert it again",
     )

@@ -191,7 +191,10 @@ def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any]
         mapped = open_sharded(file)
     elif is_safetensors(file):
         mapped = open_safetensors(file)
-        _tower_meta(found, mapped.metadata)
+        if mapped.metadata.get("format") == NATIVE_TOWER and mapped.metadata.get("version") == "1":
+            meta = tower_meta(mapped.metadata, str(found.path))
+            for tower in ("vision", "text"):
+                found.hints |= {f"{tower}.{k}": v for k, v in meta.get(tower, {}).items()}
     else:
         opened = open_torch(file)
         tree, optimizer = _unwrap(found, opened)
@@ -220,17 +223,23 @@ def is_safetensors(file: Path) -> bool:
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size
 
 
-def _tower_meta(found: locate.Found, header: Mapping[str, Any]) -> None:
-    """The architecture that a native tower file carries in its header."""
-    if header.get("format") != NATIVE_TOWER or header.get("version") != "1":
-        return
+def tower_meta(header: Mapping[str, str], where: str) -> dict[str, Any]:
+    """What a native tower file says in its header: under "vision" and "text" settings of these towers, all known.
+
+    Raises:
+        DataError: when it cannot be read, or names a setting that is not ours.
+    """
     try:
         meta = json.loads(header.get("meta", "{}"))
-        found.facts |= {k: v for k, v in meta.items() if k not in ("vision", "text")}
-        for tower in ("vision", "text"):
-            found.hints |= {f"{tower}.{k}": v for k, v in meta.get(tower, {}).items()}
-    except (ValueError, AttributeError) as e:
-        raise DataError(f"{found.path} has a header that says nothing readable: {e}", "save it again") from e
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{where} has a header that says nothing readable: {e}", "save it again") from e
+    if not isinstance(meta, dict):
+        raise DataError(f"{where} has a header that is no table: {shown(meta)}", "save it again")
+    for tower, kind in (("vision", config.Vision), ("text", config.Text)):
+        if tower in meta:
+            part = _settings(kind, meta[tower], f"{where}: {tower}")
+            meta[tower] = {k: getattr(part, k) for k in meta[tower]}
+    return meta
 
 
 def _unwrap(found: locate.Found, opened: TorchFile) -> tuple[Any, Mapping[str, Any] | None]:
@@ -267,11 +276,15 @@ def _is_fact(value: Any) -> bool:
 
 def _embedded(spec: dict[str, Any], where: str) -> configs.Hints:
     """The architecture that our own `.pt` files carry beside the state dict."""
+    return architecture.flat(_settings(config.Model, spec, f"{where}: unimed_jax.model"))
+
+
+def _settings(kind: type, spec: Any, where: str) -> Any:
+    """A part of an architecture from a file, every field known and of its type."""
     try:
-        m = config.from_dict(config.Model, spec, where=f"{where}: unimed_jax.model")
-    except UsageError as e:
+        return config.from_dict(kind, spec, where=where)
+    except UsageError as e:  # the file is wrong, not the request
         raise DataError(e.cause, e.remedy or "save it again, or update the program") from e
-    return architecture.flat(m)
 
 
 def _sort(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
+import small_model
+from PIL import Image
 from scipy.special import log_softmax
 from sklearn import metrics as oracle
 from sklearn.calibration import _sigmoid_calibration
 
+from unimed_jax.cli import calibrate as verb
+from unimed_jax.cli import eval as eval_verb
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import calibration, calibration_fit, multilabel, results
+from unimed_jax.evaluate import calibration, calibration_fit, multilabel, results, tasks
 
 MODEL = {"name": "m", "sha256": "ab" * 32, "dtype": "float32"}
 
@@ -181,3 +186,96 @@ def test_a_threshold_lies_between_two_records():
     p, truth = np.array([0.9, 0.8, 0.8, 0.3, 0.1]), np.array([1, 1, 0, 1, 0])
     assert calibration_fit.best_threshold(p, truth) == pytest.approx(0.2)
     assert calibration_fit.best_threshold(np.array([0.4, 0.4]), np.array([1, 0])) == pytest.approx(0.4)
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder, a CSV of pictures with labels that the model half knows, and another."""
+    root = tmp_path_factory.mktemp("calibrate")
+    model = small_model.loaded(root, batch_size=8)
+    model.save(root / "model")
+    rng = np.random.default_rng(0)
+    for split in ("val", "test"):
+        (root / split).mkdir()
+        pictures = rng.integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)
+        for i, p in enumerate(pictures):
+            Image.fromarray(p).save(root / split / f"{i}.png")
+        p = model.classify(pictures, tasks.from_labels(["a", "b"]).classes)[:, 1]
+        labels = np.where((p > np.median(p)) ^ (np.arange(48) % 4 == 0), "b", "a")
+        rows = [f"{i}.png,{k},{int(k == 'a')},{int(k == 'b')}" for i, k in enumerate(labels)]
+        (root / split / "list.csv").write_text("\n".join(["file,label,a,b", *rows]))
+    return root
+
+
+def test_a_csv_is_fitted_and_applied_by_eval(folder, tmp_path, capsys):
+    out = tmp_path / "c.json"
+    base = [str(folder / "val/list.csv"), "--out", str(out), "--ci", "20"]
+    assert verb.run([*base, "--model", str(folder / "model"), "--labels", "a,b"]) == 0
+    said = capsys.readouterr().out
+    assert "fitted  validation: temperature" in said
+    assert "out of fold, by subject: ECE" in said
+    fitted = calibration.load(out).tasks[0]
+    assert fitted.prompts_sha256 == tasks.from_labels(["a", "b"]).digest
+    assert fitted.n == 48
+    with pytest.raises(UsageError, match="exists"):
+        verb.run([*base, "--model", str(folder / "model"), "--labels", "a,b"])
+    suite = {"name": "s", "sets": [{"name": "test", "classes": ["a", "b"], "layout": {"kind": "csv"}}]}
+    suite["sets"][0]["layout"] |= {"file": "list.csv", "image": "file", "label": "label"}
+    (tmp_path / "s.json").write_text(json.dumps(suite))
+    flags = ["--model", str(folder / "model"), "--suite", str(tmp_path / "s.json"), "--ci", "20"]
+    flags += ["--calibration", str(out), "--out", str(tmp_path / "o")]
+    assert eval_verb.run([*flags, "--data-root", str(folder / "test")]) == 0
+    assert "calibr. test: ECE" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "o/results.json").read_text())
+    task = stored["tasks"][0]
+    assert stored["settings"]["calibration"] == calibration.load(out).sha256
+    assert task["calibration"]["temperature"] == fitted.temperature
+    assert task["calibration"]["figures"]["ece"]["after"]["value"] == pytest.approx(
+        task["values"]["ece"]["value"]
+    )
+    with pytest.raises(DataError, match="48 of 48 records were used to fit"):
+        eval_verb.run([*flags, "--data-root", str(folder / "val"), "--force"])
+
+
+def test_findings_of_a_csv_are_fitted(folder, tmp_path, capsys):
+    out = tmp_path / "c.json"
+    flags = ["--model", str(folder / "model"), "--labels", "b,a", "--multilabel", "--ci", "0", "--json"]
+    with contextlib.suppress(DataError):  # a random model may rank both the wrong way round
+        assert verb.run([str(folder / "val/list.csv"), "--out", str(out), *flags]) == 0
+        found = json.loads(capsys.readouterr().out)["tasks"][0]
+        assert found["kind"] == "platt"
+        assert set(found["findings"]) | set(found["left"]) == {"a", "b"}
+        assert found["prompts_sha256"] == multilabel.from_labels(["b", "a"]).digest
+
+
+def test_the_command_refuses_what_does_not_fit(folder, tmp_path):
+    source, out = str(folder / "val/list.csv"), ["--out", str(tmp_path / "c.json")]
+    model = ["--model", str(folder / "model")]
+    for flags, words in (
+        ([source, *out], "needs --model M and one of"),
+        ([source, *out, *model, "--labels", "a,b", "--task", "modality"], "needs --model M and one of"),
+        ([source, *out, *model, "--task", "modality", "--modality", "ct"], "belong to --labels"),
+        ([source, *out, *model, "--labels", "a,b", "--tasks", "x"], "belongs to a results folder"),
+        ([str(folder / "val"), *out, *model], "belongs to a CSV"),
+        ([str(tmp_path / "none"), *out], "no folder or CSV"),
+    ):
+        with pytest.raises(UsageError) as e:
+            verb.run(flags)
+        assert words in e.value.line()
+    with pytest.raises(DataError, match="has no column 'kind'"):
+        verb.run([source, *out, *model, "--labels", "a,b", "--label", "kind"])
+    with pytest.raises(DataError, match="labels that are no class: 'b' x"):
+        verb.run([source, *out, *model, "--labels", "a,c"])
+    with pytest.raises(DataError, match="cannot be read"):
+        verb.run([str(folder / "val"), *out])
+    for flags, words in (
+        (["--data", "x", "--in-sample"], "--in-sample belongs to --calibration"),
+        (["--data", "x", "--retrieval", "--calibration", "c"], "--calibration is for zero-shot scores"),
+    ):
+        with pytest.raises(UsageError) as e:
+            eval_verb.run([*model, "--out", str(tmp_path / "o"), *flags])
+        assert words in e.value.line()
+    assert not (tmp_path / "c.json").exists()

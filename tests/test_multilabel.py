@@ -71,8 +71,9 @@ def test_a_plain_file_of_pairs_is_a_task(tmp_path):
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"findings": {}}, "has no findings"),
-        ({"findings": []}, "are tables"),
+        ({"findings": {}}, "no table of findings"),
+        ({"findings": []}, "no table of findings"),
+        ({"findings": PAIRS, "where": []}, "where is no table"),
         ({"findings": PAIRS, "metrik": "auroc"}, "Did you mean"),
         ({"findings": PAIRS, "metric": "accuracy"}, "metric is 'accuracy'"),
         ({"findings": PAIRS, "unlisted": "negative"}, "unlisted is 'negative'"),

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("data sets on the disk")
     add = group.add_argument
-    add("--suite", default="", metavar="S", help=f"{', '.join(suites.names())}, or a JSON file")
+    add("--suite", default="", metavar="S", help=f"{', '.join(suites.names())}, or a JSON or YAML file")
     add("--data-root", default="", metavar="DIR", help="folder of the suite's data sets")
     add("--set", action="append", default=[], metavar="NAME=PATH", help="a data set's own folder; repeatable")
     add("--sets", default="", metavar="A,B", help="only these; default: all sets of the suite's average")
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(done.json(), indent=1) if args.json else _table(done))
     if not args.json:
         page = " report.html" if args.report else ""
-        lost = " errors.csv" if done.bad else ""
+        lost = " findings.csv" * bool(done.findings) + " errors.csv" * bool(done.bad)
         print(f"wrote   {args.out}/results.json .md .csv predictions.csv{lost}{page}")
         print("note    research use only, not a medical device")
     return _verdict(done, args.allow_bad, args.out)
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace, found: Collected) -> SuiteResults:
     from unimed_jax import config, infer, parallel
     from unimed_jax.cli.progress import Progress
-    from unimed_jax.evaluate import suite_run
+    from unimed_jax.evaluate import calibration, suite_run
 
     mesh = parallel.make_mesh(config.Mesh())
     model = infer.load(args.model, mesh=mesh, batch_size=args.batch_size, dtype=args.dtype)
@@ -110,6 +110,8 @@ def _evaluate(args: argparse.Namespace, found: Collected) -> SuiteResults:
             resamples=args.ci,
             seed=args.seed,
             threads=args.threads,
+            calibrated=calibration.load(args.calibration) if args.calibration else None,
+            in_sample=args.in_sample,
             progress=progress,
         )
     if not done.sets:
@@ -165,7 +167,7 @@ def _plan(found: Collected) -> str:
 
 def _table(done: SuiteResults) -> str:
     """The sets, the averages and the notes in columns."""
-    from unimed_jax.evaluate import columns
+    from unimed_jax.evaluate import columns, results
     from unimed_jax.evaluate.suite_results import number, published_lines, spread, words
 
     rows = [("set", "modality", "n", "subjects", "metric", "value", "95% CI")]
@@ -189,6 +191,9 @@ def _table(done: SuiteResults) -> str:
         if s.sensitivity:
             lines.append(f"prompts {s.data_set.name}: one prompt a class {spread(s.sensitivity)}")
         lines += [f"note    {s.data_set.name}: {n}" for n in (*s.notes, *s.task.metrics.notes)]
+        lines += [f"calibr. {s.data_set.name}: {c}" for c in results.change(s.task.calibrated)]
+    for t in done.findings:
+        lines += ["", t.task.name, *columns.aligned(t.table()), ""]
     for p in done.suite.published if done.complete else ():
         lines += [
             f"publ.   {p['name']} {name}: accuracy, percent: {value}" for name, value in published_lines(p)

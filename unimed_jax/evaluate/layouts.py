@@ -24,6 +24,7 @@ import numpy as np
 from unimed_jax.data import limits, medical
 from unimed_jax.data.files import file_sha256
 from unimed_jax.errors import DataError, UnimedError, did_you_mean
+from unimed_jax.evaluate import multilabel
 from unimed_jax.evaluate.suites import DataSet, Layout
 
 _SHOWN = 5  # of a list, in a message
@@ -46,6 +47,7 @@ class Row:
     group: str  # who was pictured, else the picture itself
     path: Path
     frame: int = -1  # of the table's array, for .npz
+    findings: tuple[int, ...] = ()  # of a multi-label set: 1, 0 or -1 each; then `label` means nothing
 
 
 @dataclass(slots=True)
@@ -71,6 +73,7 @@ class _Found:
     where: str
     group: str = ""
     frame: int = -1
+    findings: tuple[int, ...] = ()
 
 
 def read(s: DataSet, root: Path | None, data_root: Path | None, annotations: Path | None = None) -> Table:
@@ -114,7 +117,8 @@ def _csv(s: DataSet, roots: Sequence[Path], annotations: Path | None) -> Table:
     where = {_column(k, header, file): set(v) for k, v in y.where.items()}
     group = next((header.index(c) for c in y.group_columns if c in header), None)
     needed = max(images, *labels, *where) + 1
-    found = []
+    found, blank = [], 0
+    strange: dict[str, list[str]] = {}
     for number, cells in lines:
         place = f"{file.name} line {number}"
         if len(cells) < needed:
@@ -124,13 +128,20 @@ def _csv(s: DataSet, roots: Sequence[Path], annotations: Path | None) -> Table:
             continue
         try:
             name = _first(cells[images]) if y.image_list else cells[images].strip()
-            label = _label(y, [cells[k] for k in labels], [header[k] for k in labels])
+            mine = [cells[k] for k in labels]
+            several = _findings(s, mine, place, strange) if s.multilabel else ()
+            label = "" if s.multilabel else _label(y, mine, [header[k] for k in labels])
         except ValueError as e:
             out.bad.append({"file": place, "reason": str(e)})
             continue
         who = cells[group].strip() if group is not None and group < len(cells) else ""
         path = _inside(root, y.images.replace("{label}", label), name)
-        found.append(_Found(name, label, path, place, who))
+        blank += sum(not c.strip() for c in mine) if s.multilabel else 0
+        found.append(_Found(name, label, path, place, who, findings=several))
+    if strange:
+        raise DataError(_unknown(s, strange), "add them to the classes, or to none of the suite's layout")
+    if blank:
+        out.notes.append(f"{blank} blank cells count as {y.blank}")
     if not found and not out.bad:
         asked = ", ".join(f"{k} in {list(v)}" for k, v in y.where.items())
         raise DataError(f"{s.name}: {file} has no rows{f' with {asked}' if asked else ''}")
@@ -195,6 +206,22 @@ def _column(name: int | str, header: Sequence[str], file: Path) -> int:
 def _label_columns(y: Layout, header: Sequence[str], file: Path) -> list[int]:
     wanted = y.label if isinstance(y.label, tuple) else (y.label,)
     return [_column(c, header, file) for c in wanted]
+
+
+def _findings(s: DataSet, cells: Sequence[str], place: str, strange: dict[str, list[str]]) -> tuple[int, ...]:
+    """What the cells say about each finding; names that are none are collected.
+
+    Raises:
+        ValueError: for a cell that says nothing known.
+    """
+    y = s.layout
+    if not y.separator:
+        return tuple(multilabel.of_cell(c, y.blank) for c in cells)
+    found, others = multilabel.of_list(cells[0], y.separator, s.labels, len(s.classes), y.none, y.blank)
+    for name in others:
+        if name not in y.ignore:
+            strange.setdefault(name, []).append(place)
+    return tuple(found)
 
 
 def _label(y: Layout, cells: Sequence[str], names: Sequence[str]) -> str:
@@ -301,16 +328,31 @@ def _npz(s: DataSet, roots: Sequence[Path], annotations: Path | None) -> Table:
         raise DataError(
             f"{file}: pictures are {array.dtype}{list(array.shape)}", "uint8 [n, h, w] or [n, h, w, 3]"
         )
+    out.array = array
+    out.sha256 = file_sha256(file)
+    if s.multilabel:
+        return _table(s, _npz_findings(s, file, labels, len(array)), out)
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.shape != (len(array),) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"{file}: labels are {labels.dtype}{list(labels.shape)} for {len(array)} pictures",
-            "one integer a picture; sets with several labels a picture cannot be classified this way",
+            "one integer a picture; sets with several labels a picture are multilabel",
         )
-    out.array = array
-    out.sha256 = file_sha256(file)
     found = [_Found(f"{split}/{i}", str(k), file, f"row {i}", frame=i) for i, k in enumerate(labels.tolist())]
     return _table(s, found, out)
+
+
+def _npz_findings(s: DataSet, file: Path, labels: np.ndarray, pictures: int) -> list[_Found]:
+    if labels.shape != (pictures, len(s.classes)) or not np.isin(labels, (-1, 0, 1)).all():
+        raise DataError(
+            f"{file}: labels are {labels.dtype}{list(labels.shape)} for {pictures} pictures",
+            f"1, 0 or -1 for each of the {len(s.classes)} classes",
+        )
+    name = s.layout.split
+    return [
+        _Found(f"{name}/{i}", "", file, f"row {i}", frame=i, findings=tuple(row))
+        for i, row in enumerate(labels.astype(int).tolist())
+    ]
 
 
 _READERS = {"csv": _csv, "folders": _folders, "names": _names, "npz": _npz}
@@ -332,7 +374,7 @@ def _table(s: DataSet, found: Sequence[_Found], out: Table) -> Table:
             continue
         if y.paths and not re.search(y.paths, f.name):
             continue
-        if f.label not in s.labels:
+        if not s.multilabel and f.label not in s.labels:
             unknown.setdefault(f.label, []).append(f.where)
             continue
         path = _usable(f, exists)
@@ -344,13 +386,16 @@ def _table(s: DataSet, found: Sequence[_Found], out: Table) -> Table:
         first = seen.setdefault((path, f.frame), f)
         if first is not f:
             out.repeated += 1
-            if s.labels[first.label] != s.labels[f.label]:
-                clash.append(f"{f.name} is {first.label!r} and {f.label!r}")
+            if first.findings != f.findings or (
+                not s.multilabel and s.labels[first.label] != s.labels[f.label]
+            ):
+                clash.append(f"{f.name} is {first.label!r} and {f.label!r}" if f.label else f.name)
             if y.once:
                 continue
         match = re.search(y.group_pattern, f.name) if y.group_pattern else None
         group = f.group or (match[0] if match else "") or (f"{path}#{f.frame}")
-        out.rows.append(Row(f.name, s.labels[f.label], group, path, f.frame))
+        label = 0 if s.multilabel else s.labels[f.label]
+        out.rows.append(Row(f.name, label, group, path, f.frame, f.findings))
     if unknown:
         raise DataError(_unknown(s, unknown), "add them to the labels or to ignore of the suite")
     if clash:
@@ -374,7 +419,7 @@ def _check(s: DataSet, found: Sequence[_Found], out: Table) -> None:
         what = f"none of {len(out.bad)} pictures can be used{first}" if out.bad else "there are no pictures"
         raise DataError(f"{s.name}: {what}", s.fetch or "check the path")
     support = Counter(r.label for r in out.rows)
-    if len(support) == 1:
+    if len(support) == 1 and not s.multilabel:
         out.notes.append(f"only one class occurs: {s.classes[next(iter(support))]}")
     if out.repeated:
         kept = "left out" if s.layout.once else "kept"

@@ -38,7 +38,8 @@ FOLDER = tasks.FOLDER / "multilabel"
 PRESENT, ABSENT, UNKNOWN = 1, 0, -1
 METRICS = ("auroc", "average_precision")  # what such a task may be judged by
 UNLISTED = {"absent": ABSENT, "unknown": UNKNOWN}
-_FORM = 'write {"finding": {"positive": ["prompt", ...], "negative": ["prompt", ...]}, ...}'
+_CELLS = {"1": PRESENT, "0": ABSENT, "-1": UNKNOWN, "u": UNKNOWN, "uncertain": UNKNOWN}
+FORM = 'write {"finding": {"positive": ["prompt", ...], "negative": ["prompt", ...]}, ...}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,17 @@ _AGAINST = (
 )
 
 
+def pairs_of(raw: Any, where: str) -> dict[str, Pair]:
+    """A table of findings, each with its two groups of prompts.
+
+    Raises:
+        UsageError: when it is none, naming the finding.
+    """
+    if not isinstance(raw, dict) or not raw:
+        raise UsageError(f"{where} is no table of findings", FORM)
+    return {k: _pair(v, f"{where}: finding {k!r}") for k, v in raw.items()}
+
+
 def checked(task: Findings, where: str) -> Findings:
     """The task itself, when it is one.
 
@@ -184,7 +196,7 @@ def checked(task: Findings, where: str) -> Findings:
             group, label, filter or word for what is unlisted.
     """
     if not task.findings:
-        raise UsageError(f"{where} has no findings", _FORM)
+        raise UsageError(f"{where} has no findings", FORM)
     folded = Counter(k.casefold() for k in task.findings)
     for name, pair in task.findings.items():
         if not name.strip():
@@ -194,7 +206,7 @@ def checked(task: Findings, where: str) -> Findings:
         for side in ("positive", "negative"):
             prompts = getattr(pair, side)
             if not prompts or not all(p.strip() for p in prompts):
-                raise UsageError(f"{where}: finding {name!r} has no {side} prompts or an empty one", _FORM)
+                raise UsageError(f"{where}: finding {name!r} has no {side} prompts or an empty one", FORM)
         shared = set(pair.positive) & set(pair.negative)
         if shared:
             raise UsageError(f"{where}: finding {name!r} has {min(shared)!r} on both sides")
@@ -226,7 +238,7 @@ def checked(task: Findings, where: str) -> Findings:
 def _parse(path: Path) -> Findings:
     raw = tasks.read_json(path)
     if not isinstance(raw, dict) or not raw:
-        raise UsageError(f"{path} is no multi-label task", _FORM)
+        raise UsageError(f"{path} is no multi-label task", FORM)
     if "findings" not in raw:
         raw = {"findings": raw}
     known = {f.name for f in dataclasses.fields(Findings)}
@@ -235,15 +247,15 @@ def _parse(path: Path) -> Findings:
         raise UsageError(f"{path} has no field {unknown[0]!r}.{did_you_mean(unknown[0], known)}")
     fields: dict[str, Any] = {"name": path.stem} | raw
     findings, where = fields.pop("findings"), fields.pop("where", {})
-    if not isinstance(findings, dict) or not isinstance(where, dict):
-        raise UsageError(f"{path}: findings and where are tables", _FORM)
+    if not isinstance(where, dict):
+        raise UsageError(f"{path}: where is no table", '{"modality": "X-ray"}')
     for key in ("none", "ignore"):
         fields[key] = _texts(fields.get(key, []), f"{path}: {key}")
     for key, value in fields.items():
         if key not in ("none", "ignore") and type(value) is not (int if key == "version" else str):
             raise UsageError(f"{path}: {key} is {str(value)[:40]!r}", "a text; the version a whole number")
     made = Findings(
-        findings={k: _pair(v, f"{path}: finding {k!r}") for k, v in findings.items()},
+        findings=pairs_of(findings, str(path)),
         where={k: tuple(v) if isinstance(v, list) else (v,) for k, v in where.items()},
         **fields,
     )
@@ -252,7 +264,7 @@ def _parse(path: Path) -> Findings:
 
 def _pair(value: Any, where: str) -> Pair:
     if not isinstance(value, dict) or set(value) != {"positive", "negative"}:
-        raise UsageError(f"{where} has no positive and negative prompts", _FORM)
+        raise UsageError(f"{where} has no positive and negative prompts", FORM)
     return Pair(_texts(value["positive"], where), _texts(value["negative"], where))
 
 
@@ -370,6 +382,43 @@ def _said(task: Findings, e: Example) -> dict[str, int]:
             if out.setdefault(name, value) != value:
                 raise DataError(f"task {task.name}: record {e.key} says two things about {name!r}")
     return out
+
+
+def of_cell(text: str, blank: str) -> int:
+    """What a cell of a table says about its column's finding: 1, 0, -1 or u (uncertain), or blank.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> of_cell("1.0", "absent"), of_cell(" ", "unknown"), of_cell("-1", "absent")
+        (1, -1, -1)
+    """
+    word = text.strip().lower()
+    if not word:
+        return UNLISTED[blank]
+    found = _CELLS.get(word.removesuffix(".0"))
+    if found is None:
+        raise ValueError(f"{text[:40]!r} is neither 1, 0, -1 nor blank")
+    return found
+
+
+def of_list(
+    text: str, separator: str, labels: Mapping[str, int], count: int, none: Sequence[str], blank: str
+) -> tuple[list[int], list[str]]:
+    """What a cell with several names says about every finding, and its names that are none.
+
+    Example:
+        >>> of_list("Mass|Nodule", "|", {"Mass": 1}, 2, ["No Finding"], "unknown")
+        ([0, 1], ['Nodule'])
+        >>> of_list("No Finding", "|", {"Mass": 1}, 2, ["No Finding"], "unknown")
+        ([0, 0], [])
+    """
+    names = [n.strip() for n in text.split(separator) if n.strip()]
+    if not names:
+        return [UNLISTED[blank]] * count, []
+    found = {labels[n] for n in names if n in labels}
+    return [int(i in found) for i in range(count)], [n for n in names if n not in labels and n not in none]
 
 
 def _notes(task: Findings, unlisted: int, unlabelled: int) -> list[str]:

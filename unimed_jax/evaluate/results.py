@@ -25,7 +25,6 @@ FILES = (
     "results.csv",
     "predictions.csv",
     "examples.json",
-    findings_results.FILE,
 )
 USE = "Research use only, not a medical device."
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.errors import UsageError, did_you_mean
-from unimed_jax.evaluate import suites, tasks
+from unimed_jax.evaluate import multilabel, suites, tasks
 
 FOLDER = tasks.FOLDER / "unimed21"
 REFERENCE = "ref:"
@@ -31,7 +31,7 @@ class Source:
     kind: str  # "own", "file" or "reference"
     file: str = ""
     sha256: str = ""
-    tables: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # prompts, or pairs of them
 
     def json(self) -> dict[str, str]:
         """For results.json."""
@@ -117,7 +117,7 @@ def _text(node: ast.AST | None) -> str | None:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
-def _file(data: bytes, path: Path) -> dict[str, Classes]:
+def _file(data: bytes, path: Path) -> dict[str, dict[str, Any]]:
     try:
         raw = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as e:
@@ -125,19 +125,29 @@ def _file(data: bytes, path: Path) -> dict[str, Classes]:
     good = isinstance(raw, dict) and raw
     for name, classes in raw.items() if good else ():
         good = good and isinstance(classes, dict) and bool(classes)
-        for prompts in classes.values() if good else ():
+        for prompts in classes.values() if good and not _paired(classes) else ():
             good = good and isinstance(prompts, list) and all(isinstance(p, str) for p in prompts)
         if not good:
             raise UsageError(f"{path}: {name!r} is no table of prompts", _FORM)
     if not good:
         raise UsageError(f"{path} holds no prompts", _FORM)
-    return {name: {k: tuple(v) for k, v in classes.items()} for name, classes in raw.items()}
+    return {
+        name: multilabel.pairs_of(classes, f"{path}: {name}")
+        if _paired(classes)
+        else {k: tuple(v) for k, v in classes.items()}
+        for name, classes in raw.items()
+    }
+
+
+def _paired(classes: Mapping[str, Any]) -> bool:
+    """Whether a table is one of findings; `multilabel` judges whether it is a good one."""
+    return any(isinstance(v, dict) for v in classes.values())
 
 
 _FORM = 'write {"set": {"class": ["prompt", ...], ...}, ...}'
 
 
-def task(s: suites.DataSet, source: Source) -> tuple[tasks.Task, str]:
+def task(s: suites.DataSet, source: Source) -> tuple[tasks.Task | multilabel.Findings, str]:
     """The question that a set is asked with, and in words where it comes from.
 
     A file's classes go by name. The original's go by position, which is how it reads them, and the words say which key
@@ -146,10 +156,15 @@ def task(s: suites.DataSet, source: Source) -> tuple[tasks.Task, str]:
     Raises:
         UsageError: when the source has no table for the set, or the classes do not fit.
     """
+    if s.multilabel:
+        return _findings(s, source)
     if source.kind == "reference":
         found, words = _from_reference(s, source)
     elif source.kind == "file":
-        found, words = _by_name(s, source.tables.get(s.name), f"{source.file}: {s.name}", source.tables), ""
+        table = source.tables.get(s.name)
+        if table and _paired_table(table):
+            raise UsageError(f"{source.file}: {s.name} has pairs of prompts, but one label a picture")
+        found, words = _by_name(s, table, f"{source.file}: {s.name}", source.tables), ""
     else:
         found, words = _own(s)
     if s.prompt_count:
@@ -164,6 +179,37 @@ def task(s: suites.DataSet, source: Source) -> tuple[tasks.Task, str]:
     )
     # What the original asks is not ours to refuse: its classes may share a prompt.
     return (made if source.kind == "reference" else tasks.checked(made, f"prompts of {s.name}")), words
+
+
+def _findings(s: suites.DataSet, source: Source) -> tuple[multilabel.Findings, str]:
+    """The pairs of a multi-label set, by name."""
+    table: Mapping[str, Any]
+    if source.kind == "reference":
+        raise UsageError(
+            f"{s.name}: the original has no multi-label sets", "leave it out, or give --prompts FILE"
+        )
+    if source.kind == "file":
+        where, words = f"{source.file}: {s.name}", ""
+        table = _by_name(s, source.tables.get(s.name), where, source.tables)
+        if not _paired_table(table):
+            raise UsageError(f"{where} has no pairs of prompts", multilabel.FORM)
+    elif s.pairs:
+        table, words = s.pairs, "of the suite file"
+    elif isinstance(s.prompts, str) and s.prompts:
+        found = multilabel.load(s.prompts)
+        table, words = found.findings, f"{found.name} version {found.version}"
+        table = _by_name(s, table, found.name, {})
+    else:
+        table = multilabel.from_labels(s.classes, modality=s.modality).findings
+        words = "neutral sentences with the names of the findings: there are no prompts for this set"
+    made = multilabel.Findings(
+        name=s.name, findings=dict(table), label=f"labels:{s.name}", metric=s.metric, modality=s.modality
+    )
+    return multilabel.checked(made, f"prompts of {s.name}"), words
+
+
+def _paired_table(table: Mapping[str, Any]) -> bool:
+    return all(isinstance(v, multilabel.Pair) for v in table.values())
 
 
 def _own(s: suites.DataSet) -> tuple[Classes, str]:
@@ -200,8 +246,8 @@ def _by_position(s: suites.DataSet, table: Mapping[str, tuple[str, ...]], where:
 
 
 def _by_name(
-    s: suites.DataSet, table: Mapping[str, tuple[str, ...]] | None, where: str, known: Mapping[str, Any]
-) -> Classes:
+    s: suites.DataSet, table: Mapping[str, Any] | None, where: str, known: Mapping[str, Any]
+) -> dict[str, Any]:
     if table is None:
         raise UsageError(f"{where} is missing.{did_you_mean(s.name, known)}", _FORM)
     lacks = [c for c in s.classes if c not in table]

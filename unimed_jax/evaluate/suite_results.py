@@ -18,7 +18,8 @@ from unimed_jax.config import MODALITIES
 from unimed_jax.data import files
 from unimed_jax.errors import DataError
 from unimed_jax.evaluate import results, suites
-from unimed_jax.evaluate.metrics import METRICS
+from unimed_jax.evaluate.findings_results import FindingsResult
+from unimed_jax.evaluate.metrics import METRICS, Value
 from unimed_jax.evaluate.results import Results, TaskResult
 
 OVERALL = "overall"
@@ -30,7 +31,7 @@ class SetResult:
     """One set of a suite."""
 
     data_set: suites.DataSet
-    task: TaskResult
+    task: TaskResult | FindingsResult
     prompts: str  # where they come from
     notes: list[str]
     bad: list[dict[str, str]]  # file, reason
@@ -79,7 +80,10 @@ class SuiteResults(Results):
     def add(self, found: SetResult) -> None:
         """Takes one more set."""
         self.sets.append(found)
-        self.tasks.append(found.task)
+        if isinstance(found.task, FindingsResult):
+            self.findings.append(found.task)
+        else:
+            self.tasks.append(found.task)
 
     @property
     def bad(self) -> list[dict[str, str]]:
@@ -99,10 +103,13 @@ class SuiteResults(Results):
 
     def averages(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Metric -> modality or "overall" -> {value, sets}: means over the sets of the average that have a value."""
-        values = {k: {s.data_set.name: s.task.metrics.values[k].value for s in self.sets} for k in METRICS}
+        none = Value(None)
+        values = {
+            k: {s.data_set.name: s.task.metrics.values.get(k, none).value for s in self.sets} for k in METRICS
+        }
         out = {k: self._means(v) for k, v in values.items()}
         if self.protocol == "reference":
-            percent = {s.data_set.name: s.reference["accuracy"] for s in self.sets}
+            percent = {s.data_set.name: s.reference.get("accuracy") for s in self.sets}
             out["reference_accuracy_percent"] = self._means(percent)
         return out
 

@@ -21,14 +21,31 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from unimed_jax.data import medical
-from unimed_jax.errors import UnimedError, UsageError
-from unimed_jax.evaluate import layouts, metrics, suite_prompts, suites, tasks, zeroshot
+from unimed_jax.errors import DataError, UnimedError, UsageError
+from unimed_jax.evaluate import (
+    calibration,
+    findings_results,
+    layouts,
+    metrics,
+    multilabel,
+    suite_prompts,
+    suites,
+    tasks,
+    zeroshot,
+)
+from unimed_jax.evaluate.findings_results import FindingsResult
 from unimed_jax.evaluate.results import TaskResult
 from unimed_jax.evaluate.suite_results import SetResult, SuiteResults
 from unimed_jax.infer import Loaded
 from unimed_jax.vectors import unit
 
 PROTOCOLS = ("own", "reference")
+_REFERENCE = {  # our metric -> the original's name
+    "auroc": "auc_roc",
+    "f1": "f1_score",
+    "precision": "precision_score",
+    "recall": "recall_score",
+}
 _Key = tuple[Path, int]  # a picture: its file, and its place in an array or -1
 
 
@@ -38,7 +55,7 @@ class Ready:
 
     data_set: suites.DataSet
     table: layouts.Table
-    task: tasks.Task
+    task: tasks.Task | multilabel.Findings
     prompts: str  # where they come from, in words
 
 
@@ -101,6 +118,8 @@ def evaluate(
     seed: int = 0,
     threads: int = 4,
     examples: int = 6,
+    calibrated: calibration.Calibration | None = None,
+    in_sample: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> SuiteResults:
     """Zero-shot classification of every set that is ready.
@@ -114,11 +133,21 @@ def evaluate(
         seed: of the resampling.
         threads: pictures decoded in parallel.
         examples: hits and misses kept with thumbnails, each.
+        calibrated: applied to the scores of every set.
+        in_sample: whether it may have been fitted on these pictures.
         progress: called with (done, all) pictures.
 
     Returns:
-        Results, the same on every process; sets without a readable picture are among its `failed`.
+        Results, the same on every process; sets without a readable picture, or on whose pictures the calibration was
+        fitted, are among its `failed`.
+
+    Raises:
+        UsageError: for a calibration of another model or other prompts.
     """
+    fits: dict[str, Any] = {}
+    if calibrated:
+        for r in collected.ready:
+            fits[r.data_set.name] = calibrated.for_task(r.task.name, r.task.digest, loaded.digest)
     pictures: dict[_Key, int] = {}
     for r in collected.ready:
         for row in r.table.rows:
@@ -129,7 +158,7 @@ def evaluate(
     sources = {collected.suite.name: {"split": "test", "records": len(pictures)}}
     data = {"sources": sources, "evaluated": len(pictures) - len(errors)}
     out = SuiteResults(
-        **zeroshot.heading(loaded, data, resamples, seed),
+        **zeroshot.heading(loaded, data, resamples, seed, calibrated),
         suite=collected.suite,
         prompt_source=collected.source.json(),
         protocol=protocol,
@@ -148,40 +177,36 @@ def evaluate(
             out.failed.append({"set": r.data_set.name, "status": "refused", "reason": reason, "remedy": ""})
             continue
         rows, mine = [r.table.rows[i] for i in good], z[numbers[good]]
+        keys, groups = [row.key for row in rows], [row.group for row in rows]
+        how = (mine, prompts, loaded.logit_scale, resamples, seed, fits.get(r.data_set.name), in_sample)
         labels = np.array([row.label for row in rows], np.int64)
-        groups = [row.group for row in rows]
-        found = zeroshot.score(
-            r.task,
-            [row.key for row in rows],
-            labels,
-            groups,
-            mine,
-            prompts,
-            loaded.logit_scale,
-            resamples,
-            seed,
-        )
+        try:
+            if isinstance(r.task, multilabel.Findings):
+                truth = multilabel.Truth(np.array([row.findings for row in rows], np.int8))
+                out.add(_result(r, findings_results.score(r.task, keys, truth, groups, *how), lost))
+                continue
+            found = zeroshot.score(r.task, keys, labels, groups, *how)
+        except DataError as e:
+            refused = {"set": r.data_set.name, "status": "refused", "reason": e.cause, "remedy": e.remedy}
+            out.failed.append(refused)
+            continue
         shown = _Shown(rows, r.table.array)
         found.examples = zeroshot.pick_examples(
             found, range(len(rows)), mine, prompts, shown, groups, examples
         )
-        out.add(_result(r, found, lost, mine, labels, prompts, protocol, sensitivity))
+        result = _result(r, found, lost)
+        cosines = zeroshot.cosines(r.task, mine, prompts)
+        result.parts = _parts(r.data_set, cosines, labels)
+        if protocol == "reference":
+            result.reference = reference_figures(cosines, labels, binary=r.data_set.binary)
+        if sensitivity:
+            result.sensitivity = _sensitivity(r.task, r.data_set.metric, mine, labels, prompts)
+        out.add(result)
     return out
 
 
-def _result(
-    r: Ready,
-    found: TaskResult,
-    lost: list[dict[str, str]],
-    z: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, "n"],
-    prompts: Mapping[str, Float[np.ndarray, "d"]],
-    protocol: str,
-    sensitivity: bool,
-) -> SetResult:
+def _result(r: Ready, found: TaskResult | FindingsResult, lost: list[dict[str, str]]) -> SetResult:
     s, t = r.data_set, r.table
-    hit = zeroshot.cosines(r.task, z, prompts).argmax(1) == labels
-    parts = {name: np.isin(labels, classes) for name, classes in s.parts.items()}
     bad = [*t.bad, *lost]
     notes = [*t.notes, *s.notes, *([f"{len(bad)} pictures or rows could not be used"] if bad else [])]
     return SetResult(
@@ -193,15 +218,19 @@ def _result(
         repeated=t.repeated,
         left_out=dict(t.left_out),
         annotations=t.sha256,
-        reference=reference_figures(zeroshot.cosines(r.task, z, prompts), labels, binary=s.binary)
-        if protocol == "reference"
-        else {},
-        sensitivity=_sensitivity(r, z, labels, prompts) if sensitivity else {},
-        parts={
-            k: {"n": int(m.sum()), "accuracy": float(hit[m].mean()) if m.any() else None}
-            for k, m in parts.items()
-        },
     )
+
+
+def _parts(
+    s: suites.DataSet, cosines: Float[np.ndarray, "n c"], labels: Int[np.ndarray, "n"]
+) -> dict[str, dict[str, Any]]:
+    """The accuracy of each named group of classes."""
+    hit = cosines.argmax(1) == labels
+    masks = {name: np.isin(labels, classes) for name, classes in s.parts.items()}
+    return {
+        k: {"n": int(m.sum()), "accuracy": float(hit[m].mean()) if m.any() else None}
+        for k, m in masks.items()
+    }
 
 
 def reference_figures(
@@ -218,23 +247,19 @@ def reference_figures(
         >>> {k: None if v is None else round(v, 2) for k, v in found.items()}
         {'accuracy': 50.0, 'auc_roc': 50.0, 'f1_score': 50.0, 'precision_score': 50.0, 'recall_score': 50.0}
     """
-    predicted = cosines.argmax(1)
-    out: dict[str, float | None] = {"accuracy": 100 * float((predicted == labels).mean())}
+    accuracy = {"accuracy": 100 * float((cosines.argmax(1) == labels).mean())}
     if not binary:
-        return out
-    hits = int(((labels == 1) & (predicted == 1)).sum())
-    said, there = int((predicted == 1).sum()), int((labels == 1).sum())
-    auroc = metrics.classification(cosines, labels, ["0", "1"], resamples=0).values["auroc"].value
-    return out | {
-        "auc_roc": None if auroc is None else 100 * auroc,
-        "f1_score": 200 * hits / (said + there) if said + there else 0.0,
-        "precision_score": 100 * hits / said if said else 0.0,
-        "recall_score": 100 * hits / there if there else 0.0,
-    }
+        return dict(accuracy)
+    values = metrics.classification(cosines, labels, ["0", "1"], resamples=0).values
+    found = {name: values[metric].value for metric, name in _REFERENCE.items()}
+    # 0/0 counts 0 there; an AUROC of one class does not exist.
+    percent = {k: None if v is None and k == "auc_roc" else 100 * (v or 0.0) for k, v in found.items()}
+    return accuracy | percent
 
 
 def _sensitivity(
-    r: Ready,
+    task: tasks.Task,
+    metric: str,
     z: Float[np.ndarray, "n d"],
     labels: Int[np.ndarray, "n"],
     prompts: Mapping[str, Float[np.ndarray, "d"]],
@@ -244,15 +269,15 @@ def _sensitivity(
     A class with fewer prompts than another starts again with its first.
     """
     values = []
-    for k in range(max(len(p) for p in r.task.classes.values())):
-        one = {c: (p[k % len(p)],) for c, p in r.task.classes.items()}
-        cosines = zeroshot.cosines(dataclasses.replace(r.task, classes=one), z, prompts)
+    for k in range(max(len(p) for p in task.classes.values())):
+        one = {c: (p[k % len(p)],) for c, p in task.classes.items()}
+        cosines = zeroshot.cosines(dataclasses.replace(task, classes=one), z, prompts)
         found = metrics.classification(cosines, labels, list(one), resamples=0)
-        values.append(found.values[r.data_set.metric].value)
+        values.append(found.values[metric].value)
     known = [v for v in values if v is not None]
     figures = (min(known), float(np.median(known)), max(known)) if known else (None, None, None)
     names = ("minimum", "median", "maximum")
-    return {"metric": r.data_set.metric, "prompts": len(values), **dict(zip(names, figures, strict=True))}
+    return {"metric": metric, "prompts": len(values), **dict(zip(names, figures, strict=True))}
 
 
 class _Shown:

@@ -1,7 +1,7 @@
 """Suites as data: which data sets, how each is stored, which classes, labels and prompts it has.
 
 `suites/unimed21.json` holds the 21 sets of the UniMed-CLIP average and a few beside it. A suite file of one's own is
-JSON of the same form; the shortest one is
+JSON or YAML of the same form; the shortest one is
 
     {"name": "mine", "sets": [{"name": "lungs", "modality": "CT", "classes": ["nodule", "none"],
                                "layout": {"kind": "folders"}}]}
@@ -24,10 +24,13 @@ from typing import Any
 
 from unimed_jax.config import MODALITIES
 from unimed_jax.errors import UsageError, did_you_mean
+from unimed_jax.evaluate import multilabel, yaml_text
 from unimed_jax.evaluate.metrics import METRICS
+from unimed_jax.evaluate.multilabel import Pair
 
 FOLDER = Path(__file__).parent / "suites"
 KINDS = ("csv", "folders", "names", "npz")
+YAML = (".yaml", ".yml")
 INDEX = "index"  # labels: "index" = the source writes the class index
 
 
@@ -51,6 +54,9 @@ class Layout:
     group_columns: tuple[str, ...] = ()  # the first of these that the file has says who was pictured
     group_pattern: str = ""  # or the match of this in the picture's name
     split: str = "test"  # npz
+    separator: str = ""  # of a multi-label set: one cell names several findings
+    none: tuple[str, ...] = ()  # what such a cell says when there is no finding
+    blank: str = "unknown"  # what a blank cell says: unknown or absent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +70,10 @@ class DataSet:
     labels: dict[str, int] = field(default_factory=dict)  # as written in the source -> class index
     metric: str = "accuracy"  # the one that enters the averages
     average: bool = True
+    multilabel: bool = False  # classes are findings that do not exclude each other
     binary: bool = False  # the original reports five metrics for it
     prompts: str | dict[str, tuple[str, ...]] = ""  # whose built-in prompts; or prompts
+    pairs: dict[str, Pair] = field(default_factory=dict)  # of a multi-label set that brings its own
     extra_prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # beside the built-in ones
     prompt_count: int = 0  # only so many of each class; 0 = all
     table: str = ""  # the prompt table's name in the original's constants.py
@@ -141,7 +149,7 @@ def names() -> list[str]:
 
 
 def load(name: str | Path) -> Suite:
-    """A built-in suite by name, or one from a JSON file.
+    """A built-in suite by name, or one from a JSON or YAML file.
 
     Raises:
         UsageError: for an unknown name, or a file that is no valid suite, naming set and field.
@@ -153,19 +161,24 @@ def load(name: str | Path) -> Suite:
     path = Path(name)
     if str(name) in names():
         path = FOLDER / f"{name}.json"
-    elif path.suffix != ".json" and not path.exists():
+    elif path.suffix not in (".json", *YAML) and not path.exists():
         raise UsageError(
             f"no suite {str(name)!r}.{did_you_mean(str(name), names())}",
-            f"one of {', '.join(names())}, or a .json file",
+            f"one of {', '.join(names())}, or a .json or .yaml file",
         )
     try:
         data = path.read_bytes()
-        raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except OSError as e:
         raise UsageError(f"suite file {path} cannot be read ({e.strerror or type(e).__name__})") from e
+    raw = yaml_text.parse(data, str(path)) if path.suffix in YAML else _json(data, path)
+    return from_dict(raw, path, hashlib.sha256(data).hexdigest())
+
+
+def _json(data: bytes, path: Path) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as e:
         raise UsageError(f"{path} is no JSON text: {e}") from e
-    return _suite(raw, path, hashlib.sha256(data).hexdigest())
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -175,7 +188,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _suite(raw: Any, path: Path, digest: str) -> Suite:
+def from_dict(raw: Any, path: Path, digest: str = "") -> Suite:
+    """A suite from the content of its file.
+
+    Args:
+        raw: the content.
+        path: what messages call it.
+        digest: SHA-256 of the file.
+
+    Raises:
+        UsageError: see `load`.
+    """
     if not isinstance(raw, dict) or not isinstance(raw.get("sets"), list) or not raw["sets"]:
         raise UsageError(f"{path} is no suite", 'write {"name": ..., "sets": [{"name": ...}, ...]}')
     _fields(raw, ("name", "version", "description", "sets", "published"), str(path))
@@ -201,17 +224,19 @@ def _suite(raw: Any, path: Path, digest: str) -> Suite:
     return Suite(name=name, sets=tuple(sets), published=published, sha256=digest, average=average, **head)
 
 
-_NAMES = tuple(f.name for f in dataclasses.fields(DataSet) if f.name != "raw")
+_NAMES = tuple(f.name for f in dataclasses.fields(DataSet) if f.name not in ("raw", "pairs"))
 _LAYOUT_NAMES = tuple(f.name for f in dataclasses.fields(Layout))
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("average", "binary"), (bool,)),
+    **dict.fromkeys(("average", "binary", "multilabel"), (bool,)),
     **dict.fromkeys(("table", "fetch", "modality", "metric"), (str,)),
     **dict.fromkeys(("parts", "options", "reference", "extra_prompts"), (dict,)),
     "prompt_count": (int,),
     "notes": (list,),
 }
 _LAYOUT_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("folder", "file", "images", "paths", "group_pattern", "split"), (str,)),
+    **dict.fromkeys(
+        ("folder", "file", "images", "paths", "group_pattern", "split", "separator", "blank"), (str,)
+    ),
     **dict.fromkeys(("shipped", "image_list", "label_list", "once"), (bool,)),
     "image": (int, str),
     "label": (int, str, list),
@@ -232,24 +257,35 @@ def _data_set(raw: Mapping[str, Any], where: str) -> DataSet:
         raise UsageError(f"{where}: the name may hold letters, digits, dots, dashes and underscores only")
     if not isinstance(classes, list) or not all(isinstance(c, str) and c.strip() for c in classes):
         raise UsageError(f"{where}: classes is no list of names")
-    if len(classes) < 2 or len({c.casefold() for c in classes}) < len(classes):
+    several = raw.get("multilabel", False)
+    if len(classes) < 2 - several or len({c.casefold() for c in classes}) < len(classes):
         raise UsageError(f"{where}: classes must be at least two, and differ by more than case")
-    modality, metric = raw.get("modality", ""), raw.get("metric", "accuracy")
+    modality, metric = raw.get("modality", ""), raw.get("metric", "auroc" if several else "accuracy")
     if modality and modality not in MODALITIES:
         raise UsageError(f"{where}: no modality {modality!r}", f"one of {', '.join(MODALITIES)}")
-    if metric not in METRICS:
-        raise UsageError(f"{where}: metric is {metric!r}", f"one of {', '.join(METRICS)}")
+    known = multilabel.METRICS if several else METRICS
+    if metric not in known:
+        raise UsageError(f"{where}: metric is {metric!r}", f"one of {', '.join(known)}")
+    for field_name in ("binary", "parts", "reference", "extra_prompts", "prompt_count") if several else ():
+        if raw.get(field_name):
+            raise UsageError(f"{where}: a multi-label set has no {field_name}")
     if raw.get("prompt_count", 0) < 0:
         raise UsageError(f"{where}: prompt_count is below 0")
-    rest = ("average", "binary", "prompt_count", "table", "options", "reference", "fetch")
+    pairs = {}
+    if several and isinstance(raw.get("prompts"), dict):
+        pairs = multilabel.pairs_of(raw["prompts"], f"{where}: prompts")
+        if list(pairs) != classes:
+            raise UsageError(f"{where}: prompts do not name exactly the classes in their order")
+    rest = ("average", "multilabel", "binary", "prompt_count", "table", "options", "reference", "fetch")
     return DataSet(
         name=name,
         classes=tuple(classes),
-        layout=_layout(raw.get("layout"), where),
+        layout=_layout(raw.get("layout"), where, len(classes) if several else 0),
         modality=modality,
         metric=metric,
         labels=_labels(raw.get("labels", {}), classes, where),
-        prompts=_own_prompts(raw.get("prompts", ""), classes, where),
+        prompts="" if pairs else _own_prompts(raw.get("prompts", ""), classes, where),
+        pairs=pairs,
         extra_prompts={
             k: _texts(v, f"{where}: extra_prompts") for k, v in raw.get("extra_prompts", {}).items()
         },
@@ -260,13 +296,13 @@ def _data_set(raw: Mapping[str, Any], where: str) -> DataSet:
     )
 
 
-def _layout(raw: Any, where: str) -> Layout:
+def _layout(raw: Any, where: str, findings: int) -> Layout:
     if not isinstance(raw, dict) or raw.get("kind") not in KINDS:
         raise UsageError(f"{where}: layout has no kind", f"one of {', '.join(KINDS)}")
     _fields(raw, _LAYOUT_NAMES, f"{where}: layout")
     values = dict(raw)
     _types(raw, _LAYOUT_TYPES, f"{where}: layout")
-    for key in ("ignore", "group_columns"):
+    for key in ("ignore", "group_columns", "none"):
         values[key] = _texts(raw.get(key, []), f"{where}: layout.{key}")
     columns = raw.get("label", 1)
     if isinstance(columns, list):
@@ -282,7 +318,30 @@ def _layout(raw: Any, where: str) -> Layout:
             raise UsageError(f"{where}: layout.{key} is no regular expression: {e}") from e
     if values["kind"] in ("csv", "npz") and not values.get("file"):
         raise UsageError(f"{where}: layout.file is missing", "name the annotation file")
+    _check_findings(values, where, findings)
     return Layout(**values)
+
+
+def _check_findings(values: Mapping[str, Any], where: str, findings: int) -> None:
+    """What only makes sense with several labels a picture, and what then must be there."""
+    if values.get("blank", "unknown") not in multilabel.UNLISTED:
+        raise UsageError(f"{where}: layout.blank is {values['blank']!r}", "unknown or absent")
+    if not findings:
+        for key in ("separator", "none", "blank"):
+            if values.get(key):
+                raise UsageError(f"{where}: layout.{key} is for multi-label sets", '"multilabel": true')
+        return
+    if values["kind"] not in ("csv", "npz"):
+        raise UsageError(f"{where}: a multi-label set is csv or npz, not {values['kind']}")
+    columns = values.get("label", 1)
+    if values["kind"] == "csv" and not values.get("separator"):
+        if not isinstance(columns, tuple) or len(columns) != findings:
+            raise UsageError(
+                f"{where}: layout.label does not name {findings} columns, one for each class, in their order",
+                "or name one column and the separator of its values",
+            )
+    elif isinstance(columns, tuple):
+        raise UsageError(f"{where}: layout.label with a separator is one column")
 
 
 def _labels(raw: Any, classes: Sequence[str], where: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ VERBS = {
     "quickstart": ("embedded default: build data, train, evaluate, report", "unimed_jax.cli.quickstart"),
     "train": ("train from a config; the same command again resumes", "unimed_jax.cli.train"),
     "eval": ("zero-shot evaluation of a model on records", "unimed_jax.cli.eval"),
+    "calibrate": ("scores to probabilities: fit on validation records", "unimed_jax.cli.calibrate"),
     "predict": ("score image files against labels, to CSV", "unimed_jax.cli.predict"),
     "embed": ("pictures, records or texts to vectors, to Parquet", "unimed_jax.cli.embed"),
     "search": ("nearest pictures to a text or picture", "unimed_jax.cli.search"),

@@ -57,6 +57,7 @@ def home(tmp_path_factory) -> Path:
         (folder / name).mkdir()
     for name in ("ct.png", "mri.png"):
         Image.fromarray(rng.integers(0, 255, (80, 90), np.uint8)).save(folder / "scans" / name)
+    (folder / "truth.csv").write_text("file,label\nscans/ct.png,CT\nscans/mri.png,MRI\n")
     with (folder / "images" / "captions.csv").open("w", newline="") as f:
         table = csv.writer(f)
         table.writerow(["file", "caption", "modality", "patient", "split"])

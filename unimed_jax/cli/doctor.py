@@ -17,6 +17,7 @@ CORE = [
     *("transformers", "ml_collections", "numpy", "pillow", "simplejpeg", "tokenizers", "safetensors"),
 ]
 EXTRAS = {
+    "demo": ("gradio",),
     "medical": ("pydicom", "gdcm", "nibabel", "tifffile"),
     "quickstart": ("onnx",),
     "report": ("jinja2", "matplotlib"),

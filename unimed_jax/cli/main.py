@@ -15,6 +15,7 @@ VERBS = {
     "train": ("train from a config; the same command again resumes", "unimed_jax.cli.train"),
     "eval": ("zero-shot evaluation of a model on records", "unimed_jax.cli.eval"),
     "calibrate": ("scores to probabilities: fit on validation records", "unimed_jax.cli.calibrate"),
+    "demo": ("a web page on this machine: scores and saliency of a picture", "unimed_jax.cli.demo"),
     "predict": ("score image files against labels, to CSV", "unimed_jax.cli.predict"),
     "embed": ("pictures, records or texts to vectors, to Parquet", "unimed_jax.cli.embed"),
     "search": ("nearest pictures to a text or picture", "unimed_jax.cli.search"),

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from unimed_jax.errors import DataError
-from unimed_jax.train import checkpoint, fingerprint
+from unimed_jax.train import fingerprint, saved_states
 from unimed_jax.train.checkpoint import Checkpointer, abstract
 
 
@@ -71,16 +71,17 @@ def test_round_trip_is_exact_and_keeps_the_newest(tmp_path):
 def test_params_only(tmp_path):
     states = save_steps(tmp_path / "checkpoints", [3, 4])
     for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "4"):
-        params, meta = checkpoint.load_params(folder)
+        params, meta = saved_states.load_params(folder)
         assert meta["step"] == 4
         assert_same(params, jax.tree.map(np.asarray, states[4]["ema"]))
     assert_same(
-        checkpoint.load_params(tmp_path, step=3, ema=False)[0], jax.tree.map(np.asarray, states[3]["params"])
+        saved_states.load_params(tmp_path, step=3, ema=False)[0],
+        jax.tree.map(np.asarray, states[3]["params"]),
     )
     with pytest.raises(DataError, match="no checkpoint of step 7"):
-        checkpoint.load_params(tmp_path, step=7)
+        saved_states.load_params(tmp_path, step=7)
     with pytest.raises(DataError, match="no checkpoint"):
-        checkpoint.load_params(tmp_path / "nothing")
+        saved_states.load_params(tmp_path / "nothing")
 
 
 FLIPS = 320
@@ -115,7 +116,7 @@ def test_no_flipped_bit_of_any_file_passes(tmp_path, capsys):
             name = str(file.relative_to(step))
             try:
                 state, meta = saved.restore_step(2, wanted)
-            except checkpoint.Damaged as e:
+            except saved_states.Damaged as e:
                 noticed.setdefault(name, []).append(e.cause)
                 if len(noticed[name]) == 1:
                     _falls_back(saved, wanted, states[1], capsys)
@@ -163,7 +164,7 @@ def test_a_damaged_step_can_be_saved_again(tmp_path):
 
 def test_flipped_value_is_named_and_all_damaged_is_refused(tmp_path, monkeypatch):
     states = save_steps(tmp_path, [1])
-    real = checkpoint._read_items
+    real = saved_states.read_items
 
     def flip(folder, items):
         out = real(folder, items)
@@ -173,9 +174,9 @@ def test_flipped_value_is_named_and_all_damaged_is_refused(tmp_path, monkeypatch
             out["params"]["vision"]["proj"] = jnp.asarray(proj)
         return out
 
-    monkeypatch.setattr(checkpoint, "_read_items", flip)
+    monkeypatch.setattr(saved_states, "read_items", flip)
     with Checkpointer(tmp_path) as saved:
-        with pytest.raises(checkpoint.Damaged, match=r"1 of 3 leaves .* vision/proj"):
+        with pytest.raises(saved_states.Damaged, match=r"1 of 3 leaves .* vision/proj"):
             saved.restore_step(1, abstract(states[1]))
         with pytest.raises(DataError, match=r"all saved steps \(1\) are damaged") as e:
             saved.restore(abstract(states[1]))
@@ -202,8 +203,8 @@ def test_altered_meta_is_noticed(tmp_path):
     meta = json.loads(path.read_text())
     meta["config"]["seed"] = 99
     path.write_text(json.dumps(meta))
-    with pytest.raises(checkpoint.Damaged, match="digest"):
-        checkpoint.load_params(tmp_path)
+    with pytest.raises(saved_states.Damaged, match="digest"):
+        saved_states.load_params(tmp_path)
 
 
 def test_four_lists(tmp_path):
@@ -328,7 +329,7 @@ def test_fingerprint_formula():
 MESHES = """
 import sys, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, AxisType
-from unimed_jax.train import checkpoint, fingerprint
+from unimed_jax.train import checkpoint, fingerprint, saved_states
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint import make_state
 state = make_state(2)

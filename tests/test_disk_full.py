@@ -15,7 +15,7 @@ from training import build_data, leaves, losses
 from unimed_jax import config
 from unimed_jax.cli.train import load_config
 from unimed_jax.errors import DataError
-from unimed_jax.train import checkpoint, hygiene, loop
+from unimed_jax.train import checkpoint, hygiene, loop, saved_states
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_keeps_what_was_saved(cfg, undis
     assert watcher.tried == [2, 4, 5]  # no third time
     assert [line.endswith("trying once more") for _, line in watcher.said] == [True]
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["2"]
-    assert checkpoint.load_params(workdir)[1]["step"] == 2
+    assert saved_states.load_params(workdir)[1]["step"] == 2
     monkeypatch.undo()
     disk.free()
     result = loop.run(cfg, workdir)  # the same command again

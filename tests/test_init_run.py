@@ -15,7 +15,7 @@ from unimed_jax.cli.train import load_config
 from unimed_jax.convert import native, optimizer
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
-from unimed_jax.train import assemble, checkpoint, loop, optim
+from unimed_jax.train import assemble, checkpoint, loop, optim, saved_states
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_run_or_one_of_its_states_is_a_beginning(data, whole, tmp_path):
         return clip.flatten(native.init_from(make(data, **{"init.model": path} | more), fresh))
 
     for path, step in ((f"{whole}@3", 3), (f"{whole}@6", 6), (str(whole), 6)):
-        wanted = clip.flatten(checkpoint.load_params(whole, step=step)[0])
+        wanted = clip.flatten(saved_states.load_params(whole, step=step)[0])
         got = begin(path)
         assert got.keys() == wanted.keys() == clip.flatten(abstract).keys()
         for k, v in wanted.items():

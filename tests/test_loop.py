@@ -19,7 +19,7 @@ from unimed_jax import config, infer
 from unimed_jax.cli.train import load_config
 from unimed_jax.data import text
 from unimed_jax.errors import DataError, Preempted, UsageError
-from unimed_jax.train import checkpoint, hygiene, loop, meter, plan, run_folder, writers
+from unimed_jax.train import checkpoint, hygiene, loop, meter, plan, run_folder, saved_states, writers
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_two_halves_equal_the_whole(cfg, whole, tmp_path, monkeypatch, capsys):
     with pytest.raises(Preempted, match="stopped after step 3 of 6") as e:
         loop.run(cfg, workdir)
     assert e.value.exit_code == 75
-    assert checkpoint.load_params(workdir)[1]["step"] == 3
+    assert saved_states.load_params(workdir)[1]["step"] == 3
     stop_at(monkeypatch, -1)
     loop.run(cfg, workdir)
     assert "continuing after step 3 of 6" in capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_log_and_export(cfg, whole):
     assert all(np.isfinite(line["loss"]) and line["bad"] == 0 for line in lines)
     assert lines[0]["lr"] == pytest.approx(cfg.optim.lr / 4)  # first step of a warm-up of four
     loaded = infer.load(whole / "model")
-    params = checkpoint.load_params(whole)[0]
+    params = saved_states.load_params(whole)[0]
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), b), loaded.params, params))
     assert (whole / "model" / "tokenizer.json").is_file()
 
@@ -251,7 +251,7 @@ def test_divergence_saves_the_state_and_stops(data, tmp_path, capsys):
         loop.run(wild, workdir)
     assert e.value.exit_code == 3
     assert "the update was not applied" in capsys.readouterr().err
-    params = checkpoint.load_params(workdir / "diverged")[0]
+    params = saved_states.load_params(workdir / "diverged")[0]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))  # the last good weights
     records = json.loads((workdir / "diverged" / "records.json").read_text())
     assert len(records) == 3
@@ -272,7 +272,7 @@ def test_failed_save_is_noticed_and_tried_again(data, tmp_path, monkeypatch, cap
     monkeypatch.setattr(checkpoint.Checkpointer, "poll", poll)
     loop.run(make(data), tmp_path / "run")
     assert "the disk is full; step 2 is kept; trying once more" in capsys.readouterr().err
-    assert checkpoint.load_params(tmp_path / "run")[1]["step"] == 6
+    assert saved_states.load_params(tmp_path / "run")[1]["step"] == 6
 
 
 def test_full_disk_ends_in_one_line(data, tmp_path):
@@ -297,7 +297,7 @@ def test_full_disk_ends_in_one_line(data, tmp_path):
         assert done.returncode == 3, done.stderr[-2000:]
         assert "Traceback" not in done.stderr
         assert "the disk is full" in done.stderr.splitlines()[-1]
-        meta = checkpoint.load_params(disk / "run")[1]  # the newest that stands is whole
+        meta = saved_states.load_params(disk / "run")[1]  # the newest that stands is whole
         assert meta["step"] >= 2
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -345,7 +345,7 @@ def _children(pid: int) -> list[str]:
 def test_average_is_exported(data, tmp_path):
     workdir = tmp_path / "run"
     loop.run(make(data, **{"optim.ema_decay": "0.5", "duration.steps": "3"}), workdir)
-    mean, plain = (checkpoint.load_params(workdir, ema=e)[0] for e in (True, False))
+    mean, plain = (saved_states.load_params(workdir, ema=e)[0] for e in (True, False))
     assert not np.array_equal(mean["vision"]["cls"], plain["vision"]["cls"])
     np.testing.assert_array_equal(
         infer.load(workdir / "model").params["vision"]["cls"], mean["vision"]["cls"]

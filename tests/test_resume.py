@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from training import build_data, command, environment, leaves, losses, train
 
-from unimed_jax.train import checkpoint, writers
+from unimed_jax.train import saved_states, writers
 
 STEPS = 20
 OFTEN = ("--config.checkpoint.every.steps=2",)
@@ -40,7 +40,7 @@ def reference(data, tmp_path_factory) -> Path:
 def assert_same_run(workdir: Path, reference: Path) -> None:
     assert losses(workdir) == losses(reference)
     assert leaves(workdir) == leaves(reference)
-    ours, theirs = (checkpoint.load_params(w / "checkpoints")[1] for w in (workdir, reference))
+    ours, theirs = (saved_states.load_params(w / "checkpoints")[1] for w in (workdir, reference))
     assert ours["step"] == theirs["step"] == STEPS
     weights = [(w / "model" / "model.safetensors").read_bytes() for w in (workdir, reference)]
     assert weights[0] == weights[1]
@@ -103,7 +103,7 @@ def test_signal_saves_exits_75_and_continues(data, reference, tmp_path, sent, wo
     assert p.returncode == 75, err
     assert "run the same command again" in err.splitlines()[-1]
     assert "Traceback" not in err
-    stopped = checkpoint.load_params(workdir)[1]["step"]
+    stopped = saved_states.load_params(workdir)[1]["step"]
     assert 6 <= stopped < STEPS
     assert f"stopped after step {stopped} of {STEPS}" in err
     assert [line["step"] for line in losses(workdir)] == list(
@@ -152,7 +152,7 @@ def test_eight_devices_have_the_losses_of_one_and_read_each_others_states(data, 
     assert [line["step"] for line in eight] == [line["step"] for line in one]
     for a, b in zip(one, eight, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-    meta = checkpoint.load_params(workdir)[1]
+    meta = saved_states.load_params(workdir)[1]
     assert meta["versions"]["devices"] == "8"
     # Back to step 18, then one device finishes what eight began.
     (workdir / "finished.json").unlink()

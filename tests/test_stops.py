@@ -16,7 +16,7 @@ from training import build_data, command, environment, losses
 from unimed_jax import config
 from unimed_jax.cli.train import load_config
 from unimed_jax.errors import DataError, Preempted
-from unimed_jax.train import assemble, checkpoint, hygiene, loop, writers
+from unimed_jax.train import assemble, hygiene, loop, saved_states, writers
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_a_signal_while_the_step_compiles(cfg, tmp_path, monkeypatch):
         signal.signal(signal.SIGTERM, old)
     assert e.value.exit_code == 75
     assert not unhandled
-    assert checkpoint.load_params(tmp_path / "run")[1]["step"] == 0
+    assert saved_states.load_params(tmp_path / "run")[1]["step"] == 0
 
 
 @pytest.mark.slow

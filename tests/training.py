@@ -10,7 +10,7 @@ from typing import Any
 
 from unimed_jax.data import export, text
 from unimed_jax.data.phantom import Phantom
-from unimed_jax.train import checkpoint, writers
+from unimed_jax.train import saved_states, writers
 
 
 def build_data(root: Path, n: int = 240, size: int = 40) -> Path:
@@ -59,4 +59,4 @@ def losses(workdir: Path) -> list[dict[str, Any]]:
 
 def leaves(workdir: Path) -> dict[str, Any]:
     """The fingerprints of the newest saved state: parameters, optimizer, step."""
-    return checkpoint.read_meta(checkpoint.find_step(workdir))["leaves"]
+    return saved_states.read_meta(saved_states.find_step(workdir))["leaves"]

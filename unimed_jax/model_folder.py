@@ -29,7 +29,7 @@ from unimed_jax.data.images import NORMALIZE
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip, zoo
-from unimed_jax.train import checkpoint
+from unimed_jax.train import saved_states
 
 FORMAT, VERSION = "unimed_jax.model", 1
 WEIGHTS, TOKENIZER, CONFIG, CARD = "model.safetensors", "tokenizer.json", "config.json", "README.md"
@@ -153,7 +153,7 @@ def _from_folder(folder: Path) -> Parts:
 
 def _from_run(folder: Path, step: int | None, ema: bool | None) -> Parts:
     try:
-        params, meta = checkpoint.load_params(folder, step=step, ema=ema)
+        params, meta = saved_states.load_params(folder, step=step, ema=ema)
     except DataError as e:
         raise DataError(
             f"{folder} holds neither a model nor a run: {e.cause}", "give a model or run folder"

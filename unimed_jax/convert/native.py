@@ -134,12 +134,12 @@ def _find(file: str) -> tuple[Path, Path | None]:
 
     A run gives its `model` folder, else its newest state, as everywhere; `RUN@STEP` gives one state.
     """
-    from unimed_jax.train import checkpoint  # orbax is slow to import
+    from unimed_jax.train import saved_states  # orbax is slow to import
 
     path = zoo.local(file) or Path(file)
     run, _, step = file.rpartition("@")
     if run and step.isdigit() and not path.exists():
-        return Path(run), checkpoint.find_step(run, int(step))
+        return Path(run), saved_states.find_step(run, int(step))
     if not path.exists() and file in (zoo.MODELS.keys() | zoo.PARTS.keys()):
         towers = sorted(
             (zoo.models_dir() / file).glob("*.safetensors")
@@ -151,7 +151,7 @@ def _find(file: str) -> tuple[Path, Path | None]:
         return path, None
     if (path / "model" / "model.safetensors").is_file():
         return path / "model", None
-    return path, checkpoint.find_step(path) if (path / "checkpoints").is_dir() else None
+    return path, saved_states.find_step(path) if (path / "checkpoints").is_dir() else None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,9 +183,9 @@ def _open_part(file: str, parts: tuple[str, ...], cfg: config.Train) -> _Part:
 
 def _run_part(file: str, state: Path, parts: tuple[str, ...], m: config.Model) -> _Part:
     """The saved state of a run, its averaged parameters where it kept them."""
-    from unimed_jax.train import checkpoint
+    from unimed_jax.train import saved_states
 
-    params, meta = checkpoint.load_params(state)
+    params, meta = saved_states.load_params(state)
     for tower in parts:
         _refuse_other_meaning(file, tower, meta["config"]["model"].get(tower, {}), m, extra=("pool",))
     return _chosen(clip.flatten(params), parts)
@@ -359,11 +359,11 @@ def refuse_other_tokenizer(cfg: config.Train, digest: str) -> None:
     Raises:
         DataError: when the model folder or run names another tokenizer.
     """
-    from unimed_jax.train import checkpoint
+    from unimed_jax.train import saved_states
 
     for file, path, state in _text_sources(cfg):
         if state is not None:
-            theirs, give = str(checkpoint.read_meta(state).get("tokenizer", "")), "TOKENIZER OF THAT RUN"
+            theirs, give = str(saved_states.read_meta(state).get("tokenizer", "")), "TOKENIZER OF THAT RUN"
         else:
             said = folder_settings(path).get("tokenizer")
             theirs, give = str(said.get("digest", "") if isinstance(said, dict) else ""), str(path)

@@ -10,15 +10,9 @@ to be on the disk (files are synced first).
 from __future__ import annotations
 
 import contextlib
-import errno
-import gc
-import hashlib
-import json
-import logging
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,18 +21,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from unimed_jax.data import files
 from unimed_jax.errors import DataError
-from unimed_jax.train import fingerprint, hygiene
+from unimed_jax.train import fingerprint, hygiene, saved_states
 
-META_VERSION = 1
 DAMAGED = "damaged"  # folder beside the steps for what failed its check
 _TRASH = ".trash-"
-# A quota and a limit on file sizes are full disks to whoever has them.
-_FULL_WORDS = ("no space left", "resource_exhausted", "quota exceeded", "file too large")
-
-
-class Damaged(DataError):
-    """A saved state that cannot be read or whose values are not those that were saved."""
 
 
 class Checkpointer:
@@ -106,8 +94,14 @@ class Checkpointer:
             return
         items = _items(state)
         leaves = {name: fingerprint.fingerprint(tree) for name, tree in items.items()}
-        body = {**meta, "meta_version": META_VERSION, "step": step, "versions": versions(), "leaves": leaves}
-        body["sha256"] = _digest(body)
+        body = {
+            **meta,
+            "meta_version": saved_states.META_VERSION,
+            "step": step,
+            "versions": versions(),
+            "leaves": leaves,
+        }
+        body["sha256"] = saved_states.digest(body)
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}  # type: ignore[call-arg]
         self._pending = step
         with self._failures():
@@ -155,7 +149,7 @@ class Checkpointer:
         if jax.process_index() != 0:
             return
         _sync(self.folder / str(step))
-        _sync_one(self.folder)
+        files.sync(self.folder)
         for old in self.steps()[: -self.keep]:
             self._remove(old)
 
@@ -181,7 +175,7 @@ class Checkpointer:
                 self._manager = self._open()
             kept = self.latest()
             raise DataError(
-                f"saving step {step} in {self.folder} failed: {_reason(e)}; "
+                f"saving step {step} in {self.folder} failed: {saved_states.reason(e)}; "
                 + (f"step {kept} is kept" if kept is not None else "no older step exists"),
                 "free some space or repair the folder, then run the same command again",
             ) from e
@@ -190,7 +184,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The finished steps on the disk, oldest first."""
-        return _steps(self.folder)
+        return saved_states.steps(self.folder)
 
     def latest(self) -> int | None:
         """The newest finished step, None when there is none."""
@@ -211,7 +205,7 @@ class Checkpointer:
         for step in reversed(self.steps()):
             try:
                 return self.restore_step(step, wanted)
-            except Damaged as e:
+            except saved_states.Damaged as e:
                 hygiene.say(f"{e.line()}; trying an older step")
                 self._quarantine(step)
         self.refuse_damaged_only()
@@ -238,7 +232,7 @@ class Checkpointer:
             DataError: when the tree differs.
         """
         where = f"checkpoint {self.folder / str(step)}"
-        meta = self._agree(lambda: read_meta(self.folder / str(step)))
+        meta = self._agree(lambda: saved_states.read_meta(self.folder / str(step)))
         items = _items(wanted)
         for name in meta["leaves"]:
             if name not in items:
@@ -248,27 +242,27 @@ class Checkpointer:
         for name in items:
             described = {p: fingerprint.describe(x) for p, x in fingerprint.leaf_paths(items[name]).items()}
             fingerprint.require_same_tree(meta["leaves"].get(name, {}), described, f"{where} ({name})")
-        restored = self._agree(lambda: _read_items(self.folder / str(step), items))
+        restored = self._agree(lambda: saved_states.read_items(self.folder / str(step), items))
         for name, tree in restored.items():
-            _verify(tree, meta["leaves"][name], f"{where} ({name})")
+            saved_states.verify(tree, meta["leaves"][name], f"{where} ({name})")
         if jax.process_index() == 0:
             _sync(self.folder / str(step))  # a kill may have come between the last save and its sync
         return _state(restored, wanted), meta
 
     def _agree(self, read: Any) -> Any:
         """Runs `read`; when it fails on one process it fails on all, so that all fall back to the same step."""
-        error: Damaged | None = None
+        error: saved_states.Damaged | None = None
         value = None
         try:
             value = read()
-        except Damaged as e:
+        except saved_states.Damaged as e:
             error = e
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
             failed = multihost_utils.process_allgather(np.int32(error is not None))
             if np.any(failed) and error is None:
-                error = Damaged(f"another process cannot read its part of {self.folder}")
+                error = saved_states.Damaged(f"another process cannot read its part of {self.folder}")
         if error is not None:
             raise error
         return value
@@ -286,76 +280,6 @@ class Checkpointer:
 
             multihost_utils.sync_global_devices(f"quarantined {step}")
         self._manager.reload()  # it remembers the step, and would not save it again
-
-
-def load_params(
-    folder: str | Path, *, step: int | None = None, ema: bool | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """Reads only the parameters of a saved state, verified, as a nested dict of numpy arrays.
-
-    Args:
-        folder: a run folder, its `checkpoints` folder, or one step's folder.
-        step: which step; the newest by default.
-        ema: the averaged parameters (True), the plain ones (False), or averaged where they were kept (None).
-
-    Returns:
-        (params, meta); `meta["config"]` has the settings of the run.
-
-    Raises:
-        DataError: when there is none, it is damaged, or the asked kind is not in it.
-    """
-    path = find_step(folder, step)
-    meta = read_meta(path)
-    has = "ema" in meta["leaves"]
-    name = "ema" if (has if ema is None else ema) else "params"
-    if name not in meta["leaves"]:
-        raise DataError(f"checkpoint {path} keeps no averaged parameters", "read the plain ones")
-    shapes = {p: _parse(d) for p, d in meta["leaves"][name].items()}
-    tree = _read_items(path, {name: _nested(shapes)})[name]
-    _verify(tree, meta["leaves"][name], f"checkpoint {path} ({name})")
-    return jax.tree.map(np.asarray, tree), meta
-
-
-def find_step(folder: str | Path, step: int | None = None) -> Path:
-    """The folder of one saved step, given a run folder, its `checkpoints` folder or the step's folder itself.
-
-    Raises:
-        DataError: when there is none.
-    """
-    folder = Path(folder).absolute()
-    if folder.name.isdigit() and (folder / "meta").is_dir():
-        return folder
-    for base in (folder / "checkpoints", folder):
-        steps = _steps(base)
-        if step is not None and step in steps:
-            return base / str(step)
-        if step is None and steps:
-            return base / str(max(steps))
-    raise DataError(
-        f"no checkpoint {'' if step is None else f'of step {step} '}in {folder}", "give a run folder"
-    )
-
-
-def read_meta(step_folder: Path) -> dict[str, Any]:
-    """The JSON saved beside a state, checked against its own digest.
-
-    Raises:
-        Damaged: when it is missing, unreadable or altered.
-    """
-    try:
-        meta = json.loads((step_folder / "meta" / "metadata").read_bytes())
-        ok = (
-            isinstance(meta, dict)
-            and meta.get("sha256") == _digest(meta)
-            and isinstance(meta["leaves"], dict)
-        )
-    except (OSError, ValueError, KeyError, RecursionError) as e:
-        raise Damaged(f"checkpoint {step_folder}: its meta cannot be read ({type(e).__name__})") from e
-    if not ok:
-        raise Damaged(f"checkpoint {step_folder}: its meta does not have the digest it was saved with")
-    if meta["meta_version"] > META_VERSION:
-        raise DataError(f"checkpoint {step_folder} was made by a newer unimed_jax", "update the package")
-    return meta
 
 
 def abstract(state: Any, shardings: Any = None) -> Any:
@@ -393,7 +317,7 @@ def _items(state: dict[str, Any]) -> dict[str, Any]:
     """Splits a state into items; all become nested dicts, so that a file does not depend on optax's classes."""
     rest = {k: v for k, v in state.items() if k not in ("params", "ema")}
     items = {k: state[k] for k in ("params", "ema") if k in state} | ({"opt": rest} if rest else {})
-    return {name: _nested(fingerprint.leaf_paths(tree)) for name, tree in items.items()}
+    return {name: saved_states.nested(fingerprint.leaf_paths(tree)) for name, tree in items.items()}
 
 
 def _state(items: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
@@ -409,96 +333,11 @@ def _state(items: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = out
-        for p in parents:
-            node = node.setdefault(p, {})
-        node[last] = leaf
-    return out
-
-
-def _read_items(step_folder: Path, items: dict[str, Any]) -> dict[str, Any]:
-    """Reads trees of arrays onto the given abstract ones.
-
-    Raises:
-        Damaged: for anything Orbax finds wrong.
-    """
-    out, damage = {}, ""
-    for name, tree in items.items():
-        try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-                out[name] = reader.restore(step_folder / name, args=ocp.args.StandardRestore(tree))  # type: ignore[call-arg]
-        except Exception as e:  # Orbax and TensorStore raise many types for damaged files
-            damage = f"checkpoint {step_folder} ({name}) cannot be read: {_reason(e)}"
-        if damage:  # here, where nothing holds the exception any more
-            _forget_quietly()
-            raise Damaged(damage)
-    return out
-
-
-def _forget_quietly() -> None:
-    """Frees the reads that Orbax began beside one that failed; each would print pages when Python frees it later."""
-    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    before, log.disabled, sys.unraisablehook = log.disabled, True, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        log.disabled, sys.unraisablehook = before, hook
-
-
-def _verify(tree: Any, saved: dict[str, str], where: str) -> None:
-    found = fingerprint.fingerprint(tree)
-    wrong = sorted(p for p in found if found[p] != saved.get(p))
-    if wrong:
-        raise Damaged(
-            f"{where}: {len(wrong)} of {len(found)} leaves are not what was saved: {', '.join(wrong[:4])}"
-            + (" ..." if len(wrong) > 4 else "")
-        )
-
-
-def _parse(description: str) -> jax.ShapeDtypeStruct:
-    dtype, _, rest = description.partition("[")
-    shape = rest.split("]")[0]
-    # A sharding of its own: that of the file may need devices that are not here.
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), np.dtype(dtype), sharding=here)
-
-
 # -- files ----------------------------------------------------------------------------------------------------------
 
 
-def _steps(folder: Path) -> list[int]:
-    """Orbax gives a step its final name only when it is complete."""
-    try:
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _digest(meta: dict[str, Any]) -> str:
-    body = {k: v for k, v in meta.items() if k != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _reason(e: BaseException) -> str:
-    text = " ".join(str(e).split())
-    full = any(words in text.lower() for words in _FULL_WORDS) or getattr(e, "errno", None) == errno.ENOSPC
-    return "the disk is full" if full else f"{type(e).__name__}: {text[:200]}"
-
-
 def _sync(folder: Path) -> None:
-    for base, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            _sync_one(Path(base, name))
-        _sync_one(Path(base))
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    for base, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            files.sync(Path(base, name))
+        files.sync(Path(base))

@@ -23,7 +23,17 @@ from unimed_jax import config, config_rules, parallel
 from unimed_jax.convert import native
 from unimed_jax.data.pipeline import device_prefetch
 from unimed_jax.errors import DataError, Preempted
-from unimed_jax.train import assemble, checkpoint, finish, hygiene, meter, plan, run_folder, writers
+from unimed_jax.train import (
+    assemble,
+    checkpoint,
+    finish,
+    hygiene,
+    meter,
+    plan,
+    run_folder,
+    saved_states,
+    writers,
+)
 
 # Steps whose metrics may still be on the device. Reading them later keeps the device busy; waiting for them keeps
 # the host from running ahead without bound.
@@ -123,7 +133,7 @@ class _Run:
         """The whole run."""
         with checkpoint.Checkpointer(self.workdir / "checkpoints", self.cfg.checkpoint.keep) as self.saved:
             if finish.is_exported(self.workdir, self.total) and self.saved.latest() == self.total:
-                self._refuse_other_run(checkpoint.read_meta(checkpoint.find_step(self.workdir)))
+                self._refuse_other_run(saved_states.read_meta(saved_states.find_step(self.workdir)))
                 text = f"already finished: {self.total} steps, model in {self.workdir / 'model'}"
                 return self._result("already finished", self.total, text)
             state, start = self._start()
@@ -140,8 +150,8 @@ class _Run:
             self._write_settings()
             return self._first_state()
         # The settings are compared before anything is restored: a difference must read as such, not as its effect.
-        with contextlib.suppress(checkpoint.Damaged):
-            self._refuse_other_run(checkpoint.read_meta(self.saved.folder / str(step)))
+        with contextlib.suppress(saved_states.Damaged):
+            self._refuse_other_run(saved_states.read_meta(self.saved.folder / str(step)))
         state, meta = self.saved.restore(self.parts.state)
         changes = self._refuse_other_run(meta)
         if meta["step"] > self.total:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unimed_jax.evaluate.truth import Judged, Truth
 
 _SHOWN = 48  # pictures in the report
+_SALIENCY = ("attention", "gradient", "smoothgrad", "rollout")  # the keys of saliency.METHODS
 
 
 def _parser() -> Parser:
@@ -68,6 +69,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--report", default="", metavar="OUT.html", help="write a page with the pictures, too"
     )
+    parser.add_argument(
+        "--saliency", choices=_SALIENCY, default="", help="show on the page where the scores come from"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="pictures at once")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation"
@@ -111,6 +115,8 @@ def run(argv: list[str]) -> int:
     tiles = slides.Tiles(mpp=args.mpp, level=args.level, tissue=args.tissue, most=args.max_tiles).checked()
     if not args.paths and not args.list:
         raise UsageError("nothing to score", "give files, folders or lists")
+    if args.saliency and not args.report:
+        raise UsageError("--saliency belongs to --report", "add --report OUT.html")
     outputs = output.paths(args)
     if args.report:
         require()
@@ -141,6 +147,8 @@ def run(argv: list[str]) -> int:
             shown=_SHOWN if args.report else 0,
             progress=progress,
         )
+    if args.saliency:
+        predict.explain(model, asked, found.shown, args.saliency)
     judged = truths.judge(asked, found, truth, resamples=args.ci) if truth else None
     record = output.record(args, model, asked, named, found, fits.sha256 if fits else "")
     written = output.write(outputs, found, record, truth, judged)

@@ -70,7 +70,7 @@ def record(
     """OUT.run.json: what a second person needs to get the same numbers; no file names, nobody's groups."""
     import datetime
 
-    from unimed_jax import __version__
+    from unimed_jax import __version__, saliency
     from unimed_jax.evaluate import question
     from unimed_jax.evaluate.predict import MEAN
     from unimed_jax.train import run_folder
@@ -104,6 +104,7 @@ def record(
             "level": args.level,
             "tissue": args.tissue,
             "max_tiles": args.max_tiles,
+            "saliency": {"method": args.saliency, "note": saliency.NOTE} if args.saliency else None,
         },
         "inputs": {"sha256": found.sha256, "volumes": named.volumes, "repeated": named.repeated},
         "files": named.files,

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from unimed_jax import saliency
 from unimed_jax.data import found as inputs
 from unimed_jax.data import medical, slides
 from unimed_jax.data.found import Input
@@ -162,6 +164,24 @@ def _card(row: dict[str, Any], r: reading.Ready, asked: Question, cosines: np.nd
         "row": row,
         "square": r.square,
     }
+
+
+def explain(loaded: Loaded, asked: Question, cards: Sequence[dict[str, Any]], method: str) -> None:
+    """Adds to each picture that is shown the map of its first class against the next, or of its first finding.
+
+    Args:
+        loaded: the model.
+        asked: what it was asked.
+        cards: `Predictions.shown`; each gets an `overlay`.
+        method: a key of `saliency.METHODS`.
+    """
+    if not cards:
+        return
+    squares = np.stack([c["square"] for c in cards])
+    heats = saliency.maps(loaded, squares, asked.toward(loaded.encode_image(squares)), method)
+    for card, square, heat in zip(cards, squares, heats, strict=True):
+        small = Image.fromarray(square).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+        card["overlay"] = thumbnail(saliency.overlay(np.asarray(small), heat))
 
 
 def _finished(out: Predictions, asked: Question, failed: set[str], digests: Sequence[str]) -> Predictions:

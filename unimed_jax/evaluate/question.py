@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from unimed_jax import vectors
+from unimed_jax import saliency, vectors
 from unimed_jax.errors import UsageError
 from unimed_jax.evaluate import calibration, multilabel
 from unimed_jax.evaluate.multilabel import Findings
@@ -59,6 +59,10 @@ class Classes:
         mean = p.mean(0, keepdims=True)
         return Scores(np.log(np.maximum(mean, _TINY)), mean)
 
+    def toward(self, z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+        """What a saliency map explains: the first class against the next; see `saliency.directions`."""
+        return saliency.directions(z, self._bank)
+
     def found(self, p: Float[np.ndarray, "c"]) -> tuple[str, ...]:
         """The predicted class."""
         return (self.names[int(p.argmax())],)
@@ -93,6 +97,11 @@ class Pairs:
         mean = p.mean(0, keepdims=True)
         inside = mean.clip(_TINY, 1 - _TINY)
         return Scores(np.log(inside) - np.log1p(-inside), mean)
+
+    def toward(self, z: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+        """What a saliency map explains: the first finding, what speaks for it against what speaks against it."""
+        each = multilabel.margins(self.task, np.eye(z.shape[1]), self._bank, 1.0).T  # [f d]
+        return each[self.scores(z).ranks.argmax(1)]
 
     def found(self, p: Float[np.ndarray, "c"]) -> tuple[str, ...]:
         """The findings that are present."""

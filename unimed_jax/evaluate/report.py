@@ -109,6 +109,7 @@ def from_predictions(
         "pictures": [_shown(p) for p in pictures],
         "errors": [dict(e) for e in errors],
         "calibrated": bool(run["settings"].get("calibration_sha256")),
+        "saliency": run["settings"].get("saliency"),
         "tasks": [],
         "curves": [],
     }

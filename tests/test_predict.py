@@ -20,7 +20,7 @@ from PIL import Image
 from unimed_jax import infer
 from unimed_jax.cli import eval as eval_verb
 from unimed_jax.cli import predict as verb
-from unimed_jax.data import medical
+from unimed_jax.data import found, medical
 from unimed_jax.data.phantom import Phantom
 from unimed_jax.errors import DataError, SomeInputsFailed, UnimedError, UsageError
 from unimed_jax.evaluate import predict, tasks
@@ -152,7 +152,7 @@ def test_batches_do_not_change_scores(model, tmp_path):
     for i in range(9):
         Image.fromarray(small_model.pictures(1, size=40, seed=i)[0]).save(tmp_path / f"{i}.png")
     loaded = infer.load(model, batch_size=4)
-    task, files = tasks.from_labels(["ct", "mri"]), predict.find_files([tmp_path])
+    task, files = tasks.from_labels(["ct", "mri"]), found.find_files([tmp_path])
     small = predict.predict(loaded, files, task, threads=2)
     large = predict.predict(infer.load(model, batch_size=64), files[::-1], task)
     a = {r["file"]: r["scores"]["ct"] for r in small.rows}
@@ -249,9 +249,9 @@ def test_files_are_found_in_a_fixed_order(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = [p.relative_to(tmp_path).as_posix() for p in predict.find_files([tmp_path])]
-    assert found == ["1.2.840.10008", "a/1.nii.gz", "b/2.dcm", "b/IM0001"]
-    twice = predict.find_files([tmp_path / "c.csv", tmp_path / "a", tmp_path / "a"])
+    names = [p.relative_to(tmp_path).as_posix() for p in found.find_files([tmp_path])]
+    assert names == ["1.2.840.10008", "a/1.nii.gz", "b/2.dcm", "b/IM0001"]
+    twice = found.find_files([tmp_path / "c.csv", tmp_path / "a", tmp_path / "a"])
     assert [p.name for p in twice] == ["c.csv", "1.nii.gz"]
 
 

@@ -8,9 +8,6 @@ sorted by name where there is only a folder.
 from __future__ import annotations
 
 import ast
-import csv
-import hashlib
-import io
 import os
 import re
 import zipfile
@@ -21,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data import limits, medical
+from unimed_jax.data import medical, tables
 from unimed_jax.data.files import file_sha256
 from unimed_jax.errors import DataError, UnimedError, did_you_mean
 from unimed_jax.evaluate import multilabel
@@ -29,7 +26,6 @@ from unimed_jax.evaluate.suites import DataSet, Layout
 
 _SHOWN = 5  # of a list, in a message
 _MAX_ARRAY = 16 << 30  # bytes of a decompressed .npz member
-csv.field_size_limit(1 << 20)
 
 
 class Missing(UnimedError):
@@ -110,9 +106,9 @@ def _csv(s: DataSet, roots: Sequence[Path], annotations: Path | None) -> Table:
     y = s.layout
     file, root = _csv_file(s, roots, annotations)
     out = Table()
-    data = _bytes(file)
-    out.sha256 = hashlib.sha256(data).hexdigest()
-    header, lines = _lines(file, data, out)
+    table = tables.read(file)
+    out.sha256, header, lines = table.sha256, table.header, table.rows
+    out.notes += table.notes
     images, labels = _column(y.image, header, file), _label_columns(y, header, file)
     where = {_column(k, header, file): set(v) for k, v in y.where.items()}
     group = next((header.index(c) for c in y.group_columns if c in header), None)
@@ -163,32 +159,6 @@ def _csv_file(s: DataSet, roots: Sequence[Path], annotations: Path | None) -> tu
             f"{s.name}: {lacks} not found (tried {', '.join(str(p) for p in dict.fromkeys(tried))})", s.fetch
         )
     return file, root
-
-
-def _bytes(file: Path) -> bytes:
-    try:
-        if file.stat().st_size > limits.MAX_FILE_BYTES:
-            raise DataError(f"{file} is too large", f"at most {limits.MAX_FILE_BYTES} bytes")
-        return file.read_bytes()
-    except OSError as e:
-        raise DataError(f"{file} cannot be read ({e.strerror or type(e).__name__})") from e
-
-
-def _lines(file: Path, data: bytes, out: Table) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and numbered rows; a text that is not UTF-8 is read as Latin-1, and a note says so."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
-        out.notes.append(f"{file.name} is not UTF-8 and was read as Latin-1")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        rows = [(reader.line_num, cells) for cells in reader if any(c.strip() for c in cells)]
-    except csv.Error as e:
-        raise DataError(f"{file} line {reader.line_num} is no CSV: {e}") from e
-    if not rows:
-        raise DataError(f"{file} is empty", "the first line names the columns")
-    return [c.strip() for c in rows[0][1]], rows[1:]
 
 
 def _column(name: int | str, header: Sequence[str], file: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -102,16 +101,31 @@ def test_all_files_bad_is_a_data_error(model, tmp_path):
 
 
 def test_names_cannot_be_formulas(model, tmp_path, monkeypatch):
-    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
-    monkeypatch.chdir(tmp_path)
-    for start in "=+-@":
-        shutil.copy("x.png", f"{start}1.png")
-    paths = [Path(f"{start}1.png") for start in "=+@"]
-    assert run(model, *paths, out=tmp_path / "p.csv", labels="=1+1,@b") == 0
+    """Seven beginnings that a spreadsheet computes or splits at, in file names, class names and truth."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    starts = "=+-@\t\r"
+    for start in starts:
+        Image.new("RGB", (40, 40)).save(f"{start}1.png")
+        Path(f"{start}bad.png").write_text("text")
+    prompts = {f"{start}x": [f"a ct {i}"] for i, start in enumerate(f"{starts}\0")}
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    (tmp_path / "truth.csv").write_text("file,label\nin,=x\n")
+    command = [".", "--model", str(model), "--prompts", str(tmp_path / "prompts.json")]
+    command += ["--truth", str(tmp_path / "truth.csv"), "--ci", "0"]
+    with pytest.raises(SomeInputsFailed):
+        verb.run([*command, "--out", str(tmp_path / "p.csv")])
     found = rows(tmp_path / "p.csv")
-    assert [r["file"] for r in found] == ["'=1.png", "'+1.png", "'@1.png"]
-    assert found[0]["predicted"] in ("'=1+1", "'@b")
-    assert json.loads((tmp_path / "p.run.json").read_text())["prompts"]["classes"].keys() == {"=1+1", "@b"}
+    assert sorted(r["file"] for r in found) == sorted(
+        ["'=1.png", "'+1.png", "'-1.png", "'@1.png", "' 1.png", "' 1.png"]
+    )
+    assert {r["label"] for r in found} == {"'=x"}
+    assert all(r["predicted"].startswith("'") for r in found)
+    bad = rows(tmp_path / "p.errors.csv")
+    assert len(bad) == 6
+    assert all(cell[:1] not in {*starts} for r in (*found, *bad) for cell in r.values())
+    assert json.loads((tmp_path / "p.run.json").read_text())["prompts"]["classes"].keys() == prompts.keys()
 
 
 def test_the_page_shows_the_pictures(model, study, tmp_path):

@@ -93,6 +93,20 @@ def test_a_slide_without_a_scale_needs_a_level(tmp_path):
         read(aperio(tmp_path / "a.svs"), size=224, mpp=500)
 
 
+def test_a_slide_of_endless_size_is_refused_before_it_is_searched(tmp_path, monkeypatch):
+    monkeypatch.setattr(slides.limits, "MAX_TILES", 23)
+    with pytest.raises(DataError, match="24 tiles are too many"):
+        read(aperio(tmp_path / "s.svs"), size=128)
+
+
+def test_a_tiff_too_large_for_a_picture_says_how_to_cut_it(tmp_path, monkeypatch):
+    path = plain(tmp_path / "s.tif")
+    monkeypatch.setattr(medical.images.Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit, as for 180 Mpx
+    with pytest.raises(DataError, match="too many pixels") as e:
+        medical.read(path)
+    assert "--level 0" in e.value.remedy
+
+
 def test_a_tiff_is_a_slide_when_a_scanner_signed_it_or_tiles_are_asked_for(tmp_path):
     signed, unsigned = aperio(tmp_path / "a.tif"), plain(tmp_path / "b.tif")
     ordinary = tmp_path / "c.tif"

@@ -17,6 +17,7 @@ MAX_GRAY_PIXELS = 32_000_000
 MAX_FILE_BYTES = 512 * 2**20  # bytes of one source file
 MAX_DECODING_BYTES = 2**30  # memory of what is decoded at once; one picture may exceed it, and is then alone
 MAX_FRAMES = 4096  # frames read from one medical file
+MAX_TILES = 2**20  # squares of a slide that are searched for tissue; a slide of 2 cm at 40x has 130,000
 MAX_RECORD_BYTES = 64 * 2**20  # bytes of one record
 MAX_CAPTIONS = 256  # captions of one record
 MAX_CAPTION_CHARS = 20_000  # characters of one caption; the longest radiology reports have a few thousand

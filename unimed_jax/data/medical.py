@@ -119,7 +119,10 @@ def _image(path: Path, size: int) -> Frame:
         with path.open("rb") as f:
             pixels = images.pixels_of(f)
     except images.TooLarge:
-        raise DataError(f"{path.name}: too many pixels", f"at most {limits.MAX_IMAGE_PIXELS}") from None
+        tiled = "; of a tiled TIFF, --level 0 reads tiles" if path.suffix.lower() in (".tif", ".tiff") else ""
+        raise DataError(
+            f"{path.name}: too many pixels", f"at most {limits.MAX_IMAGE_PIXELS}{tiled}"
+        ) from None
     except DataError:
         raise DataError(
             f"{path.name}: is no picture of a known format", f"known: {', '.join(KINDS)}"

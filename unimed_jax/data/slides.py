@@ -162,6 +162,8 @@ def _tissue(path: Path, slide: Any, step: float, share: float, hold: Hold) -> li
         raise DataError(
             f"{path.name}: {width} x {height} pixels are less than a tile of {step:.0f}", "a smaller --mpp"
         )
+    if columns * rows > limits.MAX_TILES:
+        raise DataError(f"{path.name}: {columns * rows} tiles are too many", "a larger --mpp or --level")
     fine_enough = [k for k, d in enumerate(slide.level_downsamples) if step / d >= _MASK]
     level = fine_enough[-1] if fine_enough else 0
     side = step / slide.level_downsamples[level]

@@ -11,7 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from unimed_jax.errors import DataError
+from unimed_jax.evaluate.curves import GRID, MANY, Reliability, Roc
 
 PIP = 'pip install "unimed-jax[report]"'
 # Placeholders drawn by matplotlib, then replaced by the page's variables.
@@ -154,3 +158,76 @@ def intervals(task: Mapping[str, Any]) -> str:
         axes.tick_params(left=False)
         axes.spines["left"].set_visible(False)
         return _svg(figure)
+
+
+def roc(curves: Sequence[Roc], name: str) -> str:
+    """ROC curves as one SVG: each by itself, or the mean and the middle 80 % of many.
+
+    Raises:
+        DataError: without matplotlib.
+    """
+    with _figure(f"roc {name}", 3.9, 3.7) as (figure, axes):
+        axes.plot([0, 1], [0, 1], color=_INK, lw=1, ls=(0, (3, 3)), alpha=0.6)
+        if len(curves) > MANY:
+            # Read off at the top of vertical steps; all curves start at the origin.
+            steps = [np.append(np.diff(c.rate) > 0, True) for c in curves]
+            grid = np.stack(
+                [np.interp(GRID, c.rate[s], c.sensitivity[s]) for c, s in zip(curves, steps, strict=True)]
+            )
+            low, high = np.percentile(grid, [10, 90], axis=0)
+            axes.fill_between([0, *GRID], [0, *low], [0, *high], color=_LINES[0], alpha=0.18, lw=0)
+            axes.plot([0, *GRID], [0, *grid.mean(0)], color=_LINES[0], lw=1.8)
+            axes.text(0.98, 0.04, f"mean of {len(curves)}, band: middle 80 %", ha="right", fontsize=8)
+        else:
+            for i, c in enumerate(curves):
+                axes.plot(c.rate, c.sensitivity, color=_LINES[i % len(_LINES)], lw=1.6, label=_short(c.name))
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
+        _square(axes, "1 - specificity", "sensitivity")
+        return _svg(figure)
+
+
+def reliability(found: Reliability, name: str) -> str:
+    """A reliability diagram as one SVG; the area of a point is its share of the records.
+
+    Raises:
+        DataError: without matplotlib.
+    """
+    with _figure(f"reliability {name}", 3.9, 3.7) as (figure, axes):
+        axes.plot([0, 1], [0, 1], color=_INK, lw=1, ls=(0, (3, 3)), alpha=0.6)
+        axes.plot(found.confidence, found.frequency, color=_LINES[0], lw=1.2, alpha=0.7)
+        area = 14 + 260 * found.share
+        axes.scatter(found.confidence, found.frequency, s=area, color=_LINES[0], alpha=0.75, lw=0, zorder=3)
+        _square(axes, "mean score of the bin", "how often it is true")
+        return _svg(figure)
+
+
+def heat(shares: Float[np.ndarray, "c c"]) -> str:
+    """A large confusion matrix as a base64 PNG, one pixel a cell: an opaque one is the share 1.
+
+    Only its opacity is used, as a mask, so that it takes the page's colour.
+    """
+    import base64
+
+    from PIL import Image
+
+    alpha = np.round(255 * np.sqrt(shares)).astype(np.uint8)  # small shares must be seen
+    pixels = np.concatenate([np.zeros((*shares.shape, 3), np.uint8), alpha[:, :, None]], 2)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _square(axes: Any, x: str, y: str) -> None:
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_aspect("equal")
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+
+
+def _short(name: str) -> str:
+    """A class's name that leaves room for the curve."""
+    plain = name.replace("$", r"\$")  # matplotlib would set what lies between two as mathematics
+    return plain if len(name) <= 28 else f"{plain[:26]}…"

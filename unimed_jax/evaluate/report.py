@@ -12,11 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unimed_jax import __version__
 from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import metrics, plots, results, suite_results
+from unimed_jax.evaluate import curves, metrics, plots, results, suite_results
 
+LARGE = 24  # classes; a table of more cannot be read
+MOST = 15  # confusions that are named beside a large matrix
 TEMPLATES = Path(__file__).parent / "templates"
 _CONFIG = (  # settings that a reader of a report asks for first
     ("batch_size", "Batch size"),
@@ -64,8 +68,14 @@ def from_run(folder: str | Path) -> dict[str, Any]:
     if found is not None:
         stored, shown = results.read(found), _examples(found)
         page["facts"] = _result_facts(stored)
-        page["tasks"] = [_task(t, shown.get(t["name"], [])) for t in stored["tasks"]]
+        drawn = curves.of_folder(found, stored)
+        page["tasks"] = [_task(t, shown.get(t["name"], []), drawn.get(t["name"])) for t in stored["tasks"]]
+        page["findings"] = [_findings(t, drawn.get(t["name"])) for t in stored.get("findings", ())]
+        page["calibrated"] = "calibration" in stored["settings"]
         page["title"] = stored["model"]["name"]
+        if "datasets" in stored:
+            page["title"] = f"{stored['suite']['name']}: {page['title']}"
+            page["sets"] = _sets(stored)
     run = _json(folder / "config.json")
     if isinstance(run, dict) and "batch_size" in run:
         page["settings"] = [(name, _lookup(run, path)) for path, name in _CONFIG]
@@ -248,7 +258,8 @@ def _suite_facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{name} {suite_results.number(metric, m['value'])} ({m['sets']} sets)"
             for name, m in groups.items()
         ]
-        out.append((f"Mean {suite_results.words(metric)}", "; ".join(means)))
+        if groups[suite_results.OVERALL]["sets"]:
+            out.append((f"Mean {suite_results.words(metric)}", "; ".join(means)))
     for p in stored.get("published", []) if stored.get("suite", {}).get("complete") else []:
         figures = "; ".join(f"{name} {value}" for name, value in suite_results.published_lines(p))
         out.append((f"{p['name']}, published", f"accuracy in percent: {figures}"))
@@ -256,7 +267,26 @@ def _suite_facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [*out, *([("Not evaluated", ", ".join(failed))] if failed else [])]
 
 
-def _task(t: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _sets(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each set, in the order of the suite."""
+    out = []
+    for name, s in stored["datasets"].items():
+        reference = s.get("reference", {}).get("accuracy")
+        out.append(
+            {
+                "name": name,
+                **{k: s[k] for k in ("modality", "n", "subjects", "bad")},
+                "metric": words(s["metric"]),
+                "main": s["metrics"][s["metric"]],
+                "reference": "" if reference is None else f"{reference:.2f}",
+            }
+        )
+    return out
+
+
+def _task(
+    t: Mapping[str, Any], shown: Sequence[Mapping[str, Any]], drawn: curves.Curves | None = None
+) -> dict[str, Any]:
     rows = [
         {"name": "this model", "n": t["n"], "subjects": t["subjects"], "values": t["values"], "ours": True}
     ]
@@ -264,11 +294,13 @@ def _task(t: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> dict[str,
     return {
         **t,
         "title": _title(t["name"]),
+        "description": t["description"].rstrip("."),
         "main": t["values"][t["metric"]],
         "rows": rows,
         "metrics": _metric_rows(t, rows),
         "plot": plots.intervals(t),
-        "matrix": _matrix(t),
+        **_confusion(t),
+        **_drawn(t, drawn),
         "hits": [_shown(e) for e in shown if e["hit"]],
         "misses": [_shown(e) for e in shown if not e["hit"]],
     }
@@ -309,6 +341,60 @@ def _title(name: str) -> str:
     """A task's name as a heading: "ct_region" is "CT region"."""
     words = [w.upper() if w in ("ct", "mri", "us", "ih", "he") else w for w in name.split("_")]
     return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
+
+
+def _findings(t: Mapping[str, Any], drawn: curves.Curves | None) -> dict[str, Any]:
+    """A multi-label task: its mean, and a row for each finding."""
+    order = sorted(t["values"], key=lambda k: k != t["metric"])
+    rows = [{"name": "mean over findings", "values": [t["values"][k] for k in order], "ours": True}]
+    for name, f in t["findings"].items():
+        row = {"name": name, "values": [f["values"].get(k) for k in order], "ours": False}
+        rows.append({**f, **row})
+    return {
+        **t,
+        "title": _title(t["name"]),
+        "description": t["description"].rstrip("."),
+        "main": t["values"][t["metric"]],
+        "columns": [words(k.removesuffix("_chosen")) for k in order],
+        "chosen": [k.endswith("_chosen") for k in order],
+        "thresholds": any("threshold" in f for f in t["findings"].values()),
+        "rows": rows,
+        **_drawn(t, drawn),
+    }
+
+
+def _drawn(t: Mapping[str, Any], found: curves.Curves | None) -> dict[str, Any]:
+    """The curves as SVG with their titles, and what a calibration changed."""
+    figures = []
+    if found and found.roc:
+        figures.append(("ROC", plots.roc(found.roc, t["name"])))
+    if found and len(found.reliability.share):
+        title = f"Reliability {found.what}"
+        figures.append((title, plots.reliability(found.reliability, t["name"])))
+    return {"curves": figures, "calibration": results.change(t.get("calibration", {}))}
+
+
+def _confusion(t: Mapping[str, Any]) -> dict[str, Any]:
+    """The confusion matrix as a table; a large one as a picture, with the most frequent confusions in words."""
+    if len(t["classes"]) <= LARGE:
+        return {"matrix": _matrix(t)}
+    counts = np.array(t["confusion"], float)
+    support = counts.sum(1, keepdims=True)
+    shares = counts / np.maximum(support, 1)
+    apart = shares * (1 - np.eye(len(shares)))
+    worst = np.argsort(-apart, axis=None, kind="stable")[:MOST]
+    names, n = t["classes"], len(shares)
+    pairs = [(int(k) // n, int(k) % n) for k in worst if apart.flat[k] > 0]
+    return {
+        "heat": plots.heat(shares),
+        "confused": [
+            {"truth": names[i], "said": names[j], "n": int(counts[i, j]), "of": int(support[i, 0])}
+            for i, j in pairs
+        ],
+        "recalls": [
+            {"name": c, "n": int(support[i, 0]), "recall": t["recall"][c]} for i, c in enumerate(names)
+        ],
+    }
 
 
 def _matrix(t: Mapping[str, Any]) -> list[dict[str, Any]]:

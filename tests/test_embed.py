@@ -21,6 +21,7 @@ from PIL import Image
 
 from unimed_jax import infer
 from unimed_jax.cli import embed as verb
+from unimed_jax.data import medical
 from unimed_jax.errors import DataError, SomeInputsFailed, UnimedError, UsageError
 from unimed_jax.evaluate import embed, embedding_table, inputs
 
@@ -74,7 +75,7 @@ def test_other_readers_see_a_plain_uncompressed_table(model, study, tmp_path):
     assert found.column_names == ["id", "file", "frame", "modality", "key", "text", "embedding"]
     head = json.loads(found.schema.metadata[b"unimed_jax.embeddings"])
     assert head["format"] == "unimed_jax.embeddings"
-    assert head["settings"] == {"window": "", "slices": "middle"}
+    assert head["settings"]["slices"] == "middle"
     meta = pq.read_metadata(tmp_path / "e.parquet").row_group(0)
     column = meta.column(meta.num_columns - 1)
     assert column.compression == "UNCOMPRESSED"
@@ -154,7 +155,53 @@ def test_frames_of_a_file_are_rows(model, tmp_path):
     rows, _, facts = embedding_table.read(tmp_path / "e.parquet")
     assert [(r["frame"], r["modality"]) for r in rows] == [(0, "US"), (10, "US"), (20, "US"), (0, "CT")]
     assert [r["id"] for r in rows] == [f"{movie}#0", f"{movie}#10", f"{movie}#20", str(ct)]
-    assert facts.settings == {"window": "lung", "slices": "every:10"}
+    assert (facts.settings["window"], facts.settings["slices"]) == ("lung", "every:10")
+
+
+def test_a_series_is_one_volume_and_lists_name_files(model, tmp_path):
+    pydicom = pytest.importorskip("pydicom", reason='pip install "unimed-jax[medical]"')
+    ds = pydicom.dcmread(test_medical.sample("CT_small.dcm"))
+    (tmp_path / "ct").mkdir()
+    for k in range(5):
+        ds.ImagePositionPatient = [0, 0, 2 * k]
+        ds.SOPInstanceUID = f"1.2.3.{k}"
+        ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+        ds.save_as(tmp_path / "ct" / f"{k}.dcm")
+    run(model, tmp_path / "ct", "--out", tmp_path / "m.parquet")
+    rows, _, _ = embedding_table.read(tmp_path / "m.parquet")
+    assert [(Path(r["file"]).name, r["frame"]) for r in rows] == [("2.dcm", 2)]
+    run(model, tmp_path / "ct", "--out", tmp_path / "a.parquet", "--slices", "all")
+    rows, _, _ = embedding_table.read(tmp_path / "a.parquet")
+    assert [Path(r["id"]).name for r in rows] == [f"{k}.dcm#{k}" for k in range(5)]
+    (tmp_path / "list.csv").write_text("file\nct/3.dcm\nct/1.dcm\n")
+    run(model, "--list", tmp_path / "list.csv", "--out", tmp_path / "l.parquet")
+    rows, _, _ = embedding_table.read(tmp_path / "l.parquet")
+    assert [Path(r["id"]).name for r in rows] == ["3.dcm", "1.dcm"]
+
+
+def test_a_part_ends_with_the_input_that_fills_it(model, tmp_path, monkeypatch):
+    """Many frames in a file: parts stay small, and begin where the one before ended."""
+    pytest.importorskip("pydicom", reason='pip install "unimed-jax[medical]"')
+    small_parts(monkeypatch)  # of 8 inputs or pictures
+    for k in range(4):
+        shutil.copy(test_medical.sample("examples_ybr_color.dcm"), tmp_path / f"{k}.dcm")
+    loaded = infer.load(model, batch_size=4)
+    files = inputs.Files([tmp_path], slices=medical.Slices.parse("every:6"))  # 5 of 30 frames
+    whole = embed.to_parquet(loaded, files, tmp_path / "whole.parquet")
+    assert (whole.inputs, whole.rows) == (4, 20)
+    seen = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append((done, sorted(p.name for p in (tmp_path / ".cut.parquet.parts").glob("0*.parquet"))))
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed.to_parquet(loaded, files, tmp_path / "cut.parquet", progress=stop)
+    assert seen[-1][1] == ["000000.parquet"]
+    done = embed.to_parquet(loaded, files, tmp_path / "cut.parquet")
+    assert (done.resumed, done.rows) == (2, 20)
+    assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
 def test_vectors_do_not_depend_on_batch_order_or_devices(model, study, tmp_path):
@@ -165,7 +212,7 @@ def test_vectors_do_not_depend_on_batch_order_or_devices(model, study, tmp_path)
         loaded = infer.load(model, batch_size=size)
         embed.to_parquet(loaded, files, tmp_path / f"{name}.parquet", dtype="float32")
         found[name] = embedding_table.read(tmp_path / f"{name}.parquet")
-    files.files = files.files[::-1]
+    files.inputs = files.inputs[::-1]
     embed.to_parquet(infer.load(model), files, tmp_path / "back.parquet", dtype="float32")
     rows, z, _ = embedding_table.read(tmp_path / "back.parquet")
     assert found["whole"][0] == found["small"][0] == rows[::-1]
@@ -317,7 +364,8 @@ def test_more_processes_than_inputs(model, study, tmp_path):
         (["x", "--text", "t"], UsageError, "give one of PATH"),
         ([], UsageError, "give one of PATH"),
         (["x", "--split", "test"], UsageError, "belongs to --data"),
-        (["--text", "t", "--window", "lung"], UsageError, "are for files"),
+        (["--text", "t", "--window", "lung"], UsageError, "--window is for files"),
+        (["--data", "d", "--max-tiles", "3"], UsageError, "--max-tiles is for files"),
         (["--text", "nowhere.txt"], UsageError, "no text file"),
         (["nowhere"], DataError, "no file or folder"),
         (["--data", "nowhere"], DataError, "no folder"),

@@ -17,7 +17,7 @@ ROWS = [
     ["quickstart", "demo"],
     ["quickstart_scores"],
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
-    ["evaluate.embed", "evaluate.inputs", "evaluate.search", "evaluate.overlap"],
+    ["evaluate.embed", "evaluate.inputs", "evaluate.search", "evaluate.streams", "evaluate.overlap"],
     [
         *("evaluate.suite_run", "evaluate.frozen", "evaluate.zeroshot", "evaluate.references"),
         *("evaluate.predict", "evaluate.question", "evaluate.truth"),

@@ -13,13 +13,19 @@ from unimed_jax.errors import SomeInputsFailed, UsageError
 if TYPE_CHECKING:
     from unimed_jax.evaluate.inputs import Inputs, Texts
 
+# What decides the pixels of files, and its default; it stands in the index.
+_FOR_FILES = {"window": "", "slices": "middle", "mpp": None, "level": None, "tissue": 0.25, "max_tiles": 1000}
+
 
 def _parser() -> Parser:
     parser = Parser(
         "unimed-jax embed",
         description="Embeds files, exported records or lines of text. Stopped at any time, the same command continues.",
     )
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="files, or folders, as for predict")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="files, folders and lists, as for predict")
+    parser.add_argument(
+        "--list", action="append", default=[], metavar="FILE", help="a CSV with the column file"
+    )
     parser.add_argument(
         "--data", default="", metavar="DIR", help="records instead: a root of sources, or one source"
     )
@@ -35,6 +41,14 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--slices", default="middle", help="middle, all or every:N, of files with several frames"
+    )
+    parser.add_argument(
+        "--mpp", type=float, metavar="X", help="microns per pixel of a slide's tiles; 0.5 is 20x"
+    )
+    parser.add_argument("--level", type=int, metavar="N", help="level of a slide, instead of --mpp")
+    parser.add_argument("--tissue", type=float, default=0.25, help="share of a tile that must be tissue")
+    parser.add_argument(
+        "--max-tiles", type=int, default=1000, metavar="N", help="of one slide, spread evenly"
     )
     parser.add_argument(
         "--share",
@@ -59,12 +73,14 @@ def run(argv: list[str]) -> int:
     args = _parser().parse(argv)
     if args.batch_size < 1 or args.threads < 1:
         raise UsageError("--batch-size and --threads must be at least 1")
-    if bool(args.paths) + bool(args.data) + bool(args.text) != 1:
+    pictures = bool(args.paths or args.list)
+    if pictures + bool(args.data) + bool(args.text) != 1:
         raise UsageError(
             "embed takes files, records or texts", "give one of PATH..., --data DIR and --text FILE"
         )
-    if not args.paths and (args.window or args.slices != "middle"):
-        raise UsageError("--window and --slices are for files", "leave them out")
+    given = [f"--{k.replace('_', '-')}" for k, v in _FOR_FILES.items() if getattr(args, k) != v]
+    if given and not pictures:
+        raise UsageError(f"{given[0]} is for files", "leave it out")
     if args.split and not args.data:
         raise UsageError("--split belongs to --data", "leave it out")
     from unimed_jax.evaluate import embed
@@ -84,13 +100,15 @@ def run(argv: list[str]) -> int:
     say = (lambda *_: None) if args.json else print
     say(f"model   {model.describe()}")
     say(f"input   {inputs.name}: {len(inputs)}{f', share {share[0]} of {share[1]}' if share[1] > 1 else ''}")
+    for note in getattr(inputs, "notes", ()):
+        say(f"        {note}")
     with Progress("embed", "inputs") as progress:
         done = embed.to_parquet(
             model,
             inputs,
             args.out,
             dtype=args.dtype_out,
-            settings={"window": args.window, "slices": args.slices} if args.paths else {},
+            settings={k: str(getattr(args, k)) for k in _FOR_FILES} if pictures else {},
             share=share,
             threads=args.threads,
             force=args.force,
@@ -118,12 +136,19 @@ def run(argv: list[str]) -> int:
 
 
 def _inputs(args: argparse.Namespace) -> Inputs | Texts:
-    from unimed_jax.data import medical, windows
+    from unimed_jax.data import medical, slides, windows
     from unimed_jax.evaluate import inputs
 
     if args.text:
         return inputs.Texts(args.text)
     if args.data:
         return inputs.Records(args.data, args.split)
-    window, slices = windows.parse_window(args.window), medical.Slices.parse(args.slices)
-    return inputs.Files(args.paths, window=window, slices=slices)
+    tiles = slides.Tiles(mpp=args.mpp, level=args.level, tissue=args.tissue, most=args.max_tiles).checked()
+    return inputs.Files(
+        args.paths,
+        args.list,
+        window=windows.parse_window(args.window),
+        slices=medical.Slices.parse(args.slices),
+        tiles=tiles,
+        threads=args.threads,
+    )

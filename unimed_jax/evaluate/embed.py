@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import embedding_table
 from unimed_jax.evaluate.embedding_table import Facts
-from unimed_jax.evaluate.inputs import Inputs, Texts, read_all
+from unimed_jax.evaluate.inputs import Inputs, Texts
+from unimed_jax.evaluate.streams import End, Lost, squares
 from unimed_jax.infer import Loaded
 from unimed_jax.train import hygiene
 
@@ -37,7 +39,7 @@ class Done:
     """What was written."""
 
     path: Path
-    inputs: int  # of this process
+    inputs: int  # of this process: files, volumes, records or lines
     rows: int
     errors: list[dict[str, str]] = field(default_factory=list)  # input, reason, remedy
     resumed: int = 0  # inputs of parts that an earlier run had finished
@@ -152,18 +154,21 @@ def to_parquet(
     mine = share_of(len(inputs), *share)
     folder = target.with_name(f".{target.name}.parts")
     size = _plan(folder, facts, inputs, share, _BATCHES * loaded.batch_size, force)
-    parts = [range(start, min(start + size, mine.stop)) for start in range(mine.start, mine.stop, size)]
-    names = [folder / f"{k:06d}.parquet" for k in range(len(parts))]
-    kept = [name.is_file() and embedding_table.whole(name) for name in names]
-    done = sum(len(p) for p, k in zip(parts, kept, strict=True) if k)
-    result = Done(path=target, inputs=len(mine), rows=0, resumed=done)
-    for numbers, name, there in zip(parts, names, kept, strict=True):
-        if not there:
+    result = Done(path=target, inputs=len(mine), rows=0)
+    names: list[Path] = []
+    start = mine.start
+    while start < mine.stop:
+        names.append(folder / f"{len(names):06d}.parquet")
+        note = _finished(names[-1])
+        if note:
+            result.resumed += note["inputs"]
+        else:
+            done = start - mine.start
             step = (lambda n, base=done: progress(base + n, len(mine))) if progress else (lambda n: None)
-            _write_part(loaded, inputs, numbers, name, facts, threads, step)
-            done += len(numbers)
-    for name in names:
-        result.errors += json.loads(_errors_beside(name).read_text("utf-8"))
+            numbers = range(start, min(start + size, mine.stop))
+            note = _write_part(loaded, inputs, numbers, size, names[-1], facts, threads, step)
+        start += note["inputs"]
+        result.errors += note["errors"]
     _finish(result, names, facts, folder)
     return result
 
@@ -237,33 +242,44 @@ def _plan(
     return size
 
 
-def _errors_beside(part: Path) -> Path:
-    return part.with_suffix(".errors.json")
+def _note_of(part: Path) -> Path:
+    return part.with_suffix(".json")
+
+
+def _finished(part: Path) -> dict[str, Any] | None:
+    """What an earlier run noted of a part that it finished: how many inputs, and their errors."""
+    if not (part.is_file() and embedding_table.whole(part)):
+        return None
+    return json.loads(_note_of(part).read_text("utf-8"))
 
 
 def _write_part(
     loaded: Loaded,
     inputs: Inputs | Texts,
     numbers: range,
+    most: int,
     path: Path,
     facts: Facts,
     threads: int,
     step: Callable[[int], None],
-) -> None:
-    """One part; its list of errors appears first, so that a part that is there is whole."""
+) -> dict[str, Any]:
+    """One part: these inputs, or as many of them as have `most` pictures. Its note appears first: a part is whole."""
     errors: list[dict[str, str]] = []
     with files.swapped(path) as beside:
+        done = 0
         with embedding_table.Writer(beside, facts) as writer:
             if isinstance(inputs, Texts):
                 blocks = _text_vectors(loaded, inputs, numbers)
             else:
-                blocks = _picture_vectors(loaded, inputs, numbers, threads, errors)
-            for rows, z, count in _grouped(blocks):
+                blocks = _picture_vectors(loaded, inputs, numbers, threads, errors, most)
+            for rows, z, done in _grouped(blocks):
                 if rows:
                     writer.write(embedding_table.table(facts, rows, z))
-                step(count)
+                step(done)
         files.sync(beside)
-        files.write_text(_errors_beside(path), json.dumps(errors))
+        note = {"inputs": done, "errors": errors}
+        files.write_text(_note_of(path), json.dumps(note))
+    return note
 
 
 def _grouped(
@@ -297,12 +313,21 @@ def _text_vectors(
 
 
 def _picture_vectors(
-    loaded: Loaded, inputs: Inputs, numbers: Sequence[int], threads: int, errors: list[dict[str, str]]
+    loaded: Loaded,
+    inputs: Inputs,
+    numbers: Sequence[int],
+    threads: int,
+    errors: list[dict[str, str]],
+    most: int = sys.maxsize,
 ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray, int]]:
     """(rows, unit vectors, inputs done) of full batches; the next one is read and sent while the device computes."""
     waiting: tuple[Any, list[dict[str, Any]], int] | None = None
-    for squares, rows, done in _batches(loaded, inputs, numbers, threads, errors):
-        z, _ = loaded.encode_rows(squares, np.arange(len(squares)))
+    for pixels, rows, done in _batches(loaded, inputs, numbers, threads, errors, most):
+        z = (
+            loaded.encode_rows(pixels, np.arange(len(pixels)))[0]
+            if rows
+            else np.zeros((0, loaded.cfg.embed_dim))
+        )
         if waiting:
             yield _collect(*waiting)
         waiting = z, rows, done
@@ -311,39 +336,39 @@ def _picture_vectors(
 
 
 def _collect(z: Any, rows: list[dict[str, Any]], done: int) -> tuple[list[dict[str, Any]], np.ndarray, int]:
-    return rows, vectors.unit(np.asarray(z)[: len(rows)]), done
+    return rows, vectors.unit(np.asarray(z, np.float32)[: len(rows)]), done
 
 
 def _batches(
-    loaded: Loaded, inputs: Inputs, numbers: Sequence[int], threads: int, errors: list[dict[str, str]]
+    loaded: Loaded,
+    inputs: Inputs,
+    numbers: Sequence[int],
+    threads: int,
+    errors: list[dict[str, str]],
+    most: int,
 ) -> Iterator[tuple[np.ndarray, list[dict[str, Any]], int]]:
-    """Batches of one size, the last padded with its last picture."""
+    """Batches of one size, the last padded with its last picture; ends with the input that reaches `most` pictures."""
     size = loaded.image_size
     batch = np.zeros((loaded.batch_size, size, size, 3), np.uint8)
     rows: list[dict[str, Any]] = []
-    done = 0
-    for number, found in read_all(inputs, numbers, lambda item: item.square(size), threads):
-        done += 1
-        if isinstance(found, DataError):
-            errors.append(dict(zip(_ERRORS, (inputs.title(number), found.cause, found.remedy), strict=True)))
-            continue
-        for item, square in found:
-            batch[len(rows)] = square
-            rows.append(
-                {
-                    "id": item.id,
-                    "file": item.file,
-                    "frame": item.frame,
-                    "modality": item.modality,
-                    "key": item.key,
-                }
-            )
+    done, total = 0, 0
+    for event in squares(inputs, numbers, size, threads):
+        if isinstance(event, Lost):
+            e = event.error
+            errors.append(dict(zip(_ERRORS, (event.title, e.cause, e.remedy), strict=True)))
+        elif isinstance(event, End):
+            done += 1
+            if total >= most:
+                break
+        else:
+            item, batch[len(rows)] = event
+            rows.append({k: getattr(item, k) for k in ("id", "file", "frame", "modality", "key")})
+            total += 1
             if len(rows) == len(batch):
                 yield batch, rows, done
                 batch, rows = np.zeros_like(batch), []
-    if rows:
-        batch[len(rows) :] = batch[len(rows) - 1]
-        yield batch, rows, done
+    batch[len(rows) :] = batch[max(len(rows) - 1, 0)]
+    yield batch, rows, done
 
 
 def _finish(result: Done, parts: Sequence[Path], facts: Facts, folder: Path) -> None:
@@ -358,7 +383,7 @@ def _finish(result: Done, parts: Sequence[Path], facts: Facts, folder: Path) -> 
             listed.unlink(missing_ok=True)  # an old list would be read as this one's
     except OSError as e:
         raise DataError(f"{listed} cannot be written: {e.strerror or e}", "free space") from e
-    if result.inputs and len({e["input"] for e in result.errors}) == result.inputs:
+    if result.errors and not any(map(embedding_table.count, parts)):
         files.remove(folder)
         raise DataError(f"none of {result.inputs} inputs could be read", f"see {listed}")
     merged = folder / "merged.parquet"  # in the folder, so that a kill leaves nothing else behind

@@ -133,6 +133,13 @@ def whole(path: Path) -> bool:
         return False
 
 
+def count(path: Path) -> int:
+    """The rows of a finished file."""
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows
+
+
 class Index:
     """The rows of one or several files as one sequence; vectors are read in slabs, never all at once.
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +18,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from unimed_jax.data import files, images, medical, shards
+from unimed_jax.data import files, found, images, medical, shards, slides
+from unimed_jax.data.dicom import Frame, Hold, Picture
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import layouts
-
-_AHEAD = 4  # inputs read ahead, for each thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +52,10 @@ class Item:
             DataError: for a damaged image file.
         """
         where = Path(self.file or self.key).name
-        found = images.decode(self.data, where=where) if isinstance(self.data, bytes) else self.data
-        if found.ndim == 3 and (found[..., :1] == found[..., 1:]).all():
-            found = found[..., 0]
-        return found
+        pixels = images.decode(self.data, where=where) if isinstance(self.data, bytes) else self.data
+        if pixels.ndim == 3 and (pixels[..., :1] == pixels[..., 1:]).all():
+            pixels = pixels[..., 0]
+        return pixels
 
 
 class Inputs(Protocol):
@@ -88,63 +85,86 @@ class Inputs(Protocol):
 
 
 class Files:
-    """Image files, DICOM and NIfTI, and folders of them (see `predict.find_files`).
+    """What `unimed-jax predict` takes: files, folders, CSV lists; slices of a series as a volume, slides as tiles.
 
     Args:
-        paths: files and folders.
+        paths: files, folders, and lists that end in .csv.
+        lists: further lists.
         window: (centre, width) for gray DICOM and NIfTI values; default: the file's own.
-        slices: frames of a file; default: the middle one.
+        slices: of a volume; default: the middle one.
+        tiles: of whole-slide images.
+        threads: headers of DICOM files that are read in parallel.
 
     Raises:
-        DataError: for a path that does not exist, or no picture at all.
+        DataError: for a path that does not exist, a list that cannot be read, or no picture at all.
     """
 
     def __init__(
         self,
         paths: Sequence[str | Path],
+        lists: Sequence[str | Path] = (),
         *,
         window: tuple[float, float] | None = None,
         slices: medical.Slices | None = None,
+        tiles: slides.Tiles | None = None,
+        threads: int = 4,
     ):
-        from unimed_jax.evaluate import predict
-
-        self.files = predict.find_files(paths)
-        self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths)} paths"
-        self.window, self.slices = window, slices
+        named = found.find(paths, lists, threads=threads)
+        self.inputs, self.notes = named.inputs, named.notes
+        every = [*paths, *lists]
+        self.name = str(every[0]) if len(every) == 1 else f"{len(every)} paths"
+        self.window, self.slices, self.tiles = window, slices, tiles
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.inputs)
 
     def title(self, number: int) -> str:
-        """The path as it was given."""
-        return str(self.files[number])
+        """The path as it was given, of a volume that of its first slice."""
+        return str(self.inputs[number].files[0])
+
+    def frames(
+        self, item: found.Input, size: int = 224, hold: Hold = nullcontext
+    ) -> Iterator[Frame | found.Failed]:
+        """The chosen pictures of one input, not decoded yet; tiles have so many pixels a side."""
+        tiles = dataclasses.replace(self.tiles or slides.Tiles(), size=size)
+        return found.frames(item, window=self.window, slices=self.slices, tiles=tiles, hold=hold)
 
     def read(self, number: int, *, hashed: bool = False) -> list[Item]:
-        """The chosen frames."""
-        path = self.files[number]
-        digest = files.file_sha256(path) if hashed and path.is_file() else ""
-        return [
-            Item(
-                id=f"{path}#{p.frame}" if p.frames > 1 else str(path),
-                data=p.data,
-                sha256=f"{digest}#{p.frame}" if digest and p.frames > 1 else digest,
-                file=str(path),
-                frame=p.frame,
-                modality=p.modality,
-            )
-            for p in medical.read(path, window=self.window, slices=self.slices)
-        ]
+        """The chosen pictures."""
+        out: list[Item] = []
+        digests: dict[Path, str] = {}
+        for frame in self.frames(self.inputs[number]):
+            if isinstance(frame, found.Failed):
+                raise frame.error
+            if hashed and frame.file not in digests:
+                digests[frame.file] = files.file_sha256(frame.file)
+            out.append(file_item(frame.file, frame.read(), digests.get(frame.file, "")))
+        return out
 
     def fingerprint(self) -> str:
         """Names, sizes and times of change."""
         h = hashlib.sha256()
-        for path in self.files:
+        for path in (f for i in self.inputs for f in i.files):
             try:
-                found = path.stat()
-                h.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
-            except OSError:
+                facts = path.stat()
+                h.update(f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            except (OSError, ValueError):
                 h.update(f"{path}\0gone\n".encode(errors="surrogateescape"))
         return h.hexdigest()
+
+
+def file_item(path: Path, p: Picture, digest: str = "") -> Item:
+    """A picture of a file; of several the id says which: its number, or the corner of a slide's tile."""
+    place = ",".join(map(str, p.corner)) if p.corner else str(p.frame)
+    one = p.frames == 1 and not p.corner
+    return Item(
+        id=str(path) if one else f"{path}#{place}",
+        data=p.data,
+        sha256=digest if one or not digest else f"{digest}#{place}",
+        file=str(path),
+        frame=p.frame,
+        modality=p.modality,
+    )
 
 
 class Records:
@@ -164,15 +184,15 @@ class Records:
         folder, at, named = str(root).rpartition("@")
         if at and not split and not Path(root).exists():
             root, split = folder, named
-        found = shards.find_sources(root)
+        places = shards.find_sources(root)
         parts = [
             shards.Shards(place, name)
-            for place in found.values()
+            for place in places.values()
             for name in shards.Manifest.read(place).splits
             if split in ("", name)
         ]
         if not parts:
-            what = f"no source in {root} has the split {split!r}" if found else f"no records in {root}"
+            what = f"no source in {root} has the split {split!r}" if places else f"no records in {root}"
             raise DataError(what, "unimed-jax data stats shows what there is")
         self.name = f"{'+'.join(dict.fromkeys(s.name for s in parts))}{f'@{split}' if split else ''}"
         self._pool: Any = Pool(parts)
@@ -230,17 +250,8 @@ class SuiteSets:
             digest = hashlib.sha256(array[row.frame].tobytes()).hexdigest() if hashed else ""
             return [Item(id=self.title(number), data=array[row.frame], sha256=digest, frame=row.frame)]
         digest = files.file_sha256(row.path) if hashed and row.path.is_file() else ""
-        p = medical.read(row.path)[0]
-        return [
-            Item(
-                id=self.title(number),
-                data=p.data,
-                sha256=f"{digest}#{p.frame}" if digest and p.frames > 1 else digest,
-                file=str(row.path),
-                frame=p.frame,
-                modality=p.modality,
-            )
-        ]
+        item = file_item(row.path, medical.read(row.path)[0], digest)
+        return [dataclasses.replace(item, id=self.title(number))]
 
     def fingerprint(self) -> str:
         """The names of the pictures and the digests of the lists."""
@@ -278,39 +289,6 @@ class Texts:
     def fingerprint(self) -> str:
         """The digest of the file."""
         return hashlib.sha256(self._data).hexdigest()
-
-
-def read_all(
-    inputs: Inputs, numbers: Sequence[int], make: Callable[[Item], Any], threads: int, *, hashed: bool = False
-) -> Iterator[tuple[int, list[tuple[Item, Any]] | DataError]]:
-    """(number, its items with `make` of each) in order, or the refusal; some are read ahead, in parallel.
-
-    An item comes without its picture: `make` keeps of it what is needed.
-    """
-
-    def work(number: int) -> list[tuple[Item, Any]] | DataError:
-        try:
-            return [
-                (dataclasses.replace(item, data=b""), make(item))
-                for item in inputs.read(number, hashed=hashed)
-            ]
-        except DataError as e:
-            return e
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        todo = iter(numbers)
-        queue: deque[tuple[int, Future[Any]]] = deque(
-            (n, pool.submit(work, n)) for n in islice(todo, _AHEAD * threads)
-        )
-        try:
-            while queue:
-                number, future = queue.popleft()
-                found = future.result()
-                queue.extend((n, pool.submit(work, n)) for n in islice(todo, 1))
-                yield number, found
-        finally:
-            for _, future in queue:
-                future.cancel()
 
 
 def open_place(place: str | Path, **options: Any) -> Files | Records:

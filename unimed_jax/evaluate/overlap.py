@@ -23,7 +23,8 @@ from jaxtyping import Float
 from unimed_jax.data import phash
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import embed, search
-from unimed_jax.evaluate.inputs import Inputs, Item, read_all
+from unimed_jax.evaluate.inputs import Inputs, Item
+from unimed_jax.evaluate.streams import read_all
 from unimed_jax.infer import Loaded
 
 KINDS = ("bytes", "pixels", "phash", "embedding")

@@ -167,6 +167,9 @@ def test_averaged_weights_of_a_run(tmp_path):
         same_bits(tmp_path / "ema", tmp_path / "plain")
     with pytest.raises(UsageError, match="says itself what it is"):
         convert(Request(src=tmp_path / "run", dst=tmp_path / "x", with_optimizer=True))
+    for kind in (True, False):
+        with pytest.raises(UsageError, match="its weights are one kind"):
+            convert(Request(src=tmp_path / "run" / "model", dst=tmp_path / "x", ema=kind))
 
 
 def test_outputs_that_differ_write_nothing(native, tmp_path, monkeypatch):
@@ -429,6 +432,11 @@ def test_a_deep_config_is_refused_in_one_line(native, tmp_path):
         unimed_jax.load(tmp_path / "m")
     assert "no readable JSON" in refusal.value.line()
     assert "\n" not in refusal.value.line()
+
+
+def test_a_name_on_the_hub_goes_with_one_format(native, tmp_path):
+    with pytest.raises(UsageError, match="--hf-text-name goes with --to openclip"):
+        convert(Request(src=native, dst=tmp_path / "x", hf_text="some/bert"))
 
 
 def test_the_limit_does_not_grow_with_the_embeddings():

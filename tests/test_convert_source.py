@@ -166,6 +166,12 @@ def test_what_is_no_tensor_is_left_out_by_name(tmp_path, wrapped):
     torch.save(s | {f"n{i}": i for i in range(200)}, tmp_path / "a.pt")
     names = open_source(tmp_path / "a.pt", model="tiny").facts["left_out"]
     assert (len(names), names[-1]) == (101, "102 more")
+    if not wrapped:
+        torch.save(s, tmp_path / "a.bin")
+        tensors = [k for k, v in s.items() if isinstance(v, torch.Tensor)]
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "a.bin")}))
+        assert open_source(index, model="tiny").facts["left_out"] == ["experts", "note"]
 
 
 def test_a_key_with_and_without_its_prefix_is_refused(tmp_path):

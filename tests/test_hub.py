@@ -239,22 +239,30 @@ def test_what_is_not_there(served, tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     with pytest.raises(UsageError, match="exists"):
         hub.fetch(NAME, tmp_path / "m", trust_first=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "m" / "mine.txt").write_text("x")
+    for place in ("link", "m"):  # before anything is fetched
+        with pytest.raises(UsageError, match=r"is a link|holds 'mine.txt'"):
+            hub.fetch(NAME, tmp_path / place, trust_first=True, force=True, endpoint="http://127.0.0.1:9")
     del served.files["them/clip", COMMIT, "w.safetensors"]
     with pytest.raises(DataError, match=r"them/clip/w\.safetensors cannot be fetched"):
         hub.fetch(NAME, tmp_path / "n", trust_first=True, endpoint=served.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set: nothing is fetched"):
-        hub.fetch(NAME, tmp_path / "n", trust_first=True, endpoint=served.url)
+    for name in (NAME, "dinov2-s14"):  # with a pinned revision, too
+        with pytest.raises(DataError, match="HF_HUB_OFFLINE is set: nothing is fetched"):
+            hub.fetch(name, tmp_path / "n", trust_first=True, endpoint=served.url)
 
 
-def test_a_refusal_is_one_line(tmp_path):
+# With a known revision, and with one that the hub would have to tell first.
+@pytest.mark.parametrize("name", [NAME, "unimed-clip-vit-l14-336"])
+def test_a_refusal_is_one_line(tmp_path, name):
     """Nothing listens there; the library's own words about its retries are not ours."""
     code = (
         "import huggingface_hub.utils._http as h, sys; h.time.sleep = lambda s: None; "
         "from unimed_jax.cli import main; sys.exit(main.main(sys.argv[1:]))"
     )
-    command = ["models", "fetch", NAME, "--out", str(tmp_path / "m"), "--trust-first-download"]
-    env = environment() | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = ["models", "fetch", name, "--out", str(tmp_path / "m"), "--trust-first-download"]
+    env = environment() | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code, *command], env=env, capture_output=True, text=True, timeout=120
     )

@@ -73,6 +73,12 @@ def test_a_tower_files_header_tells_settings_and_nothing_else(tower_file, tmp_pa
     assert opened.model.vision == small_model.model().vision
 
 
+@pytest.mark.parametrize("key", [5, None, 1.5, b"x"])
+def test_an_embedded_architecture_with_keys_of_any_type_is_refused(key):
+    with pytest.raises(DataError, match="has no field"):
+        source._embedded({key: 1}, "w.pt")
+
+
 def test_names_in_our_own_files_are_one_bounded_line(tower_file, tmp_path):
     leaves, header = tower_file
     cfg = config.Train()

@@ -281,7 +281,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
-            raise UsageError(f"{where} has no field {name!r:.90}.{did_you_mean(name, hints)}")
+            raise UsageError(f"{where} has no field {name!r:.90}.{did_you_mean(str(name), hints)}")
     return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 

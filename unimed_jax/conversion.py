@@ -103,6 +103,10 @@ def convert(request: Request, tell: Tell = lambda line: None) -> Converted:
         raise UsageError(
             f"the format {r.to} holds no optimizer state", "--with-optimizer goes with --to native"
         )
+    if r.hf_text and r.to != "openclip":
+        raise UsageError(
+            f"the format {r.to} names no text tower on the hub", "--hf-text-name goes with --to openclip"
+        )
     if r.verify and importlib.util.find_spec("torch") is None:
         raise UsageError(
             "comparing with PyTorch needs torch, which is not installed", "pip install 'unimed-jax[torch]'"
@@ -177,7 +181,7 @@ def describe(m: config.Model, towers: tuple[str, ...] = ("vision", "text")) -> s
 
 def _foreign(r: Request, tell: Tell) -> Converted:
     if r.ema is not None:
-        raise UsageError(f"{r.src} is no run, so it has no averaged weights", "leave --ema out")
+        raise UsageError(f"{r.src} is no run, its weights are one kind", "leave --ema and --no-ema out")
     found = source.open_source(r.src, model=r.model)
     m = found.model
     done = Converted(model=m, towers=found.towers, format=found.format, ignored=found.ignored)

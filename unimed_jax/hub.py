@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 from unimed_jax import config, model_folder
 from unimed_jax.convert import card, native, source
-from unimed_jax.data.files import file_sha256
+from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import origins, zoo
 from unimed_jax.models.origins import File
@@ -70,24 +71,26 @@ def fetch(
     """
     origin = origins.get(name)
     out = Path(out)
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists", "choose another folder, or pass --force to replace it")
+    if not origin.tower:
+        files.refuse_folder(out, model_folder.OWN_FILES, force=force, what="model folder")
+    elif os.path.lexists(out) and not (force and out.is_dir()):
+        raise UsageError(f"{out} exists", "choose another folder, or --force to replace its files")
     wanted = {"weights": _pinned(name, origin.weights, revision=revision, sha256=sha256)}
     if origin.tokenizer and not tokenizer:
         wanted["tokenizer"] = origin.tokenizer
     _refuse_unpinned(name, out, wanted, trust_first=trust_first)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.fetch-") as scratch:
-        paths, files = {}, {}
+        paths, pins = {}, {}
         for role, file in wanted.items():
             paths[role], pinned = _download(file, Path(scratch) / role, endpoint)
-            files[role] = dataclasses.asdict(pinned)
+            pins[role] = dataclasses.asdict(pinned)
             if progress:
                 progress(f"{pinned.repo} {pinned.name} at {pinned.revision[:12]}: sha256 {pinned.sha256}")
         words = tokenizer or paths.get("tokenizer")
         make = _make_part if origin.tower else _make_model
-        make(name, paths["weights"], words, out, files, force)
-    return Fetched(folder=out, files=files)
+        make(name, paths["weights"], words, out, pins, force)
+    return Fetched(folder=out, files=pins)
 
 
 def _pinned(name: str, file: File, *, revision: str, sha256: str) -> File:
@@ -115,30 +118,30 @@ def _refuse_unpinned(name: str, out: Path, files: dict[str, File], *, trust_firs
 
 def _download(file: File, folder: Path, endpoint: str | None) -> tuple[Path, File]:
     """The file and its complete pins."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub import errors as hub_errors
 
+    if constants.HF_HUB_OFFLINE:
+        raise DataError(
+            "HF_HUB_OFFLINE is set: nothing is fetched", "unset it for this one command, or copy the folder"
+        )
     try:
         with _silent():
             revision = file.revision or str(HfApi(endpoint=endpoint).model_info(file.repo).sha)
             path = Path(
                 hf_hub_download(file.repo, file.name, revision=revision, local_dir=folder, endpoint=endpoint)
             )
-    except hub_errors.OfflineModeIsEnabled as e:
-        raise DataError(
-            "HF_HUB_OFFLINE is set: nothing is fetched", "unset it for this one command, or copy the folder"
-        ) from e
     except hub_errors.GatedRepoError as e:
         raise DataError(
             f"{file.repo} asks for its terms to be accepted", "accept them on its page, log in"
         ) from e
-    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError, ValueError) as e:
-        reason = " ".join(str(e).split())[:200]
+    except Exception as e:  # its own errors, those of its HTTP client and of the system: there is no file
+        reason = " ".join("".join(c if c.isprintable() else " " for c in str(e)).split())[:200]
         raise DataError(
             f"{file.repo}/{file.name} cannot be fetched: {reason}",
             "check the network and the names, or copy the file here and use unimed-jax convert",
         ) from e
-    found = file_sha256(path)
+    found = files.file_sha256(path)
     if file.sha256 and found != file.sha256:
         raise DataError(
             f"{file.repo}/{file.name} at {revision[:12]} has sha256 {found}, not {file.sha256}",

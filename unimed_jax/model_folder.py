@@ -58,6 +58,8 @@ def read(path: str | Path, *, ema: bool | None = None) -> Parts:
     if text and step.isdigit() and not Path(path).exists():
         return _from_run(Path(text), int(step), ema)
     if _is_folder(Path(path)):
+        if ema is not None:
+            raise UsageError(f"{path} is no run, its weights are one kind", "leave --ema and --no-ema out")
         return _from_folder(Path(path))
     if ema is None and _is_folder(Path(path) / "model"):
         return _from_folder(Path(path) / "model")

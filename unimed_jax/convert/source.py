@@ -189,6 +189,7 @@ def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any]
     optimizer = None
     if file.name.endswith(".index.json"):
         mapped = open_sharded(file)
+        _leave_out(found, mapped.left_out)
     elif is_safetensors(file):
         mapped = open_safetensors(file)
         if mapped.metadata.get("format") == NATIVE_TOWER and mapped.metadata.get("version") == "1":

@@ -206,7 +206,8 @@ def open_sharded(index_json: str | Path) -> Mapped:
             )
         views.update(shard)
         shards.append(shard)
-    return Mapped(index, views, [m for s in shards for m in s.maps], shards[0].metadata)
+    left_out = [name for s in shards for name in s.left_out]
+    return Mapped(index, views, [m for s in shards for m in s.maps], shards[0].metadata, left_out)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

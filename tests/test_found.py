@@ -37,9 +37,9 @@ def write_slice(path: Path, k: int, **header) -> Path:
 
 @pytest.fixture
 def scan(tmp_path) -> Path:
-    """Six slices in two folders, named against their order, and a scout of the same series across them."""
+    """Six slices, named against their order, and a scout of the same series across them."""
     for i, k in enumerate((5, 2, 0, 4, 1, 3)):
-        write_slice(tmp_path / ("b" if i % 2 else "a") / f"{i}", k)
+        write_slice(tmp_path / "a" / f"{i}", k)
     write_slice(tmp_path / "a" / "scout", 9, ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
     return tmp_path
 
@@ -87,6 +87,14 @@ def test_what_is_no_volume_stays_single_pictures(tmp_path, headers):
     assert names(found.find([tmp_path]).inputs) == [["0.dcm"], ["1.dcm"]]
 
 
+def test_folders_keep_slices_apart(scan):
+    """Slices that someone sorted into folders, or copied, are not put together."""
+    (scan / "b").mkdir()
+    for name in "25":
+        (scan / "a" / name).rename(scan / "b" / name)
+    assert names(found.find([scan]).inputs) == [["4", "1", "3", "0"], ["scout"], ["2", "5"]]
+
+
 def test_named_slices_are_scored_by_themselves(scan):
     got = found.find([scan / "a" / "0", scan / "a" / "2", scan])
     assert names(got.inputs) == [["0"], ["2"], ["4", "1", "5", "3"], ["scout"]]
@@ -124,9 +132,9 @@ def picture(path: Path) -> Path:
 def test_a_list_names_files_and_folders_relative_to_itself(scan, tmp_path):
     picture(tmp_path / "x" / "é.png")
     listing = tmp_path / "x" / "list.csv"
-    listing.write_text(f"Image,Patient\né.png,p1\n../a,p2\n{scan / 'b' / '1'},p3\nnone.png,\n")
+    listing.write_text(f"Image,Patient\né.png,p1\n../a,p2\n{scan / 'a' / '1'},p3\nnone.png,\n")
     got = found.find([listing])
-    assert names(got.inputs) == [["é.png"], ["2", "4", "0"], ["scout"], ["1"], ["none.png"]]
+    assert names(got.inputs) == [["é.png"], ["2", "4", "1", "5", "3", "0"], ["scout"], ["none.png"]]
     assert names(found.find([], [listing]).inputs) == names(got.inputs)
     assert [e.group for e in got.lists[0].entries] == ["p1", "p2", "p3", ""]
     assert (got.lists[0].has_label, got.lists[0].has_group) == (False, True)

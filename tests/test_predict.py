@@ -135,7 +135,13 @@ def test_the_page_shows_the_pictures(model, study, tmp_path):
         run(model, study, out=tmp_path / "p.csv", report=str(tmp_path / "p.html"))
     page = (tmp_path / "p.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 3
-    for word in ("Predictions", "a.jpg", "bad.png", "not a medical device", "3 of 4 files, 1 failed"):
+    for word in (
+        "Predictions",
+        "a.jpg",
+        "bad.png",
+        "not a medical device",
+        "3 from 4 files, of which 1 failed",
+    ):
         assert word in page
 
 

@@ -156,18 +156,18 @@ def write(
     except OSError as e:
         raise DataError(f"{outputs['out'].parent} cannot be written: {e.strerror or e}", "free space") from e
     if "report" in outputs:
-        page = report.from_predictions(
-            record, shown(found, truth), found.counts(), found.errors, judged=judged.json if judged else None
-        )
+        known = {"judged": judged.json, "drawn": judged.curves} if judged else {}
+        page = report.from_predictions(record, shown(found, truth), found.counts(), found.errors, **known)
         report.write(page, outputs["report"])
     return [p for p in outputs.values() if p.exists()]
 
 
 def shown(found: Predictions, truth: Truth | None) -> list[dict[str, Any]]:
-    """The pictures of the page, each with its truth where that is known."""
+    """The pictures of the page, each with its truth where that is known; tiles are parts, nobody judged them."""
     out = []
     for card in found.shown:
-        label = truth.words.get(card["row"]["input"]) if truth else None
+        row = card["row"]
+        label = truth.words.get(row["input"]) if truth and row["kind"] != "slide" else None
         known = {} if label is None else {"label": label, "hit": card["predicted"] == label}
         out.append({k: v for k, v in card.items() if k not in ("row", "square")} | known)
     return out

@@ -1,9 +1,9 @@
 """DICOM files that are slices of one volume, found by their headers (extra `medical`).
 
-A scanner writes a file for each slice. Files of one series (and study, patient and frame of reference) with the same
-size and orientation are a volume when their positions differ, or, for sectional modalities without positions, when
-they are numbered. Radiographs, which share a series without being slices, stay pictures of their own. Header values
-are compared and forgotten: none leaves this module.
+A scanner writes a file for each slice. Files of one folder and series (and study, patient and frame of reference) with
+the same size and orientation are a volume when their positions differ, or, for sectional modalities without positions,
+when they are numbered. Radiographs, which share a series without being slices, stay pictures of their own. Header
+values are compared and forgotten: none leaves this module.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ def _slice(path: Path) -> _Slice | None:
             if dicom.inflated_bytes(path, pydicom):
                 return None  # reading its header would inflate it whole
             ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-            return _place(ds)
+            return _place(ds, path.parent)
     except Exception:  # no file, no pydicom, a damaged header: reading the picture will say so
         return None
 
 
-def _place(ds: Any) -> _Slice | None:
+def _place(ds: Any, folder: Path) -> _Slice | None:
     series = str(ds.get("SeriesInstanceUID") or "")
     if not series or int(ds.get("NumberOfFrames", 1) or 1) != 1:
         return None
@@ -112,6 +112,6 @@ def _place(ds: Any) -> _Slice | None:
         position = round(sum(n * x for n, x in zip(normal, corner, strict=True)), 3)
     number = ds.get("InstanceNumber")
     ids = (str(ds.get(k) or "") for k in ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID"))
-    key = (series, *ids, ds.get("Rows"), ds.get("Columns"), tuple(round(v, 2) for v in turned))
+    key = (folder, series, *ids, ds.get("Rows"), ds.get("Columns"), tuple(round(v, 2) for v in turned))
     modality = str(ds.get("Modality", ""))
     return _Slice(key, modality in _SECTIONAL, position, None if number in (None, "") else int(number))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from unimed_jax.errors import DataError
 from unimed_jax.evaluate import multilabel, stored, tallies
@@ -88,8 +88,8 @@ def of_folder(folder: Path, results: Mapping[str, Any]) -> dict[str, Curves]:
     """
     out: dict[str, Curves] = {}
     for read, key, make in (
-        (stored.predictions, "tasks", _of_classes),
-        (stored.findings, "findings", _of_findings),
+        (stored.predictions, "tasks", _stored_classes),
+        (stored.findings, "findings", _stored_findings),
     ):
         if not results.get(key):
             continue
@@ -105,26 +105,37 @@ def of_folder(folder: Path, results: Mapping[str, Any]) -> dict[str, Curves]:
     return out
 
 
-def _of_classes(t: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> Curves:
+def _stored_classes(t: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> Curves:
     s = stored.scored(t["name"], rows, t["classes"])
-    if len(t["classes"]) == 2:
-        problems = [(t["classes"][1], tallies.binary_score(s.log_scores), s.labels == 1)]
-    else:
-        problems = [(c, s.log_scores[:, k], s.labels == k) for k, c in enumerate(t["classes"])]
-    chosen = s.log_scores.argmax(1)
-    confidence = np.exp(s.log_scores[np.arange(len(chosen)), chosen])
-    return Curves(_all(problems), reliability(confidence, chosen == s.labels), "of the predicted class")
+    return of_classes(t["classes"], s.log_scores, s.labels)
 
 
-def _of_findings(t: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> Curves:
+def _stored_findings(t: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> Curves:
     f = stored.scored_findings(t["name"], rows, list(t["findings"]))
-    known = f.truth >= 0
-    problems = [
-        (name, f.margins[known[:, j], j], f.truth[known[:, j], j] == 1)
-        for j, name in enumerate(t["findings"])
-    ]
-    p = multilabel.probability(f.margins)
-    return Curves(_all(problems), reliability(p[known], f.truth[known] == 1), "over all findings")
+    return of_findings(list(t["findings"]), f.margins, f.truth)
+
+
+def of_classes(
+    names: Sequence[str], log_scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, "n"]
+) -> Curves:
+    """The curves of classes that exclude each other."""
+    if len(names) == 2:
+        problems = [(names[1], tallies.binary_score(log_scores), labels == 1)]
+    else:
+        problems = [(c, log_scores[:, k], labels == k) for k, c in enumerate(names)]
+    chosen = log_scores.argmax(1)
+    confidence = np.exp(log_scores[np.arange(len(chosen)), chosen])
+    return Curves(_all(problems), reliability(confidence, chosen == labels), "of the predicted class")
+
+
+def of_findings(
+    names: Sequence[str], margins: Float[np.ndarray, "n f"], truth: Int[np.ndarray, "n f"]
+) -> Curves:
+    """The curves of findings, each on the records where it is known (1 or 0, else -1)."""
+    known = truth >= 0
+    problems = [(name, margins[known[:, j], j], truth[known[:, j], j] == 1) for j, name in enumerate(names)]
+    p = multilabel.probability(margins)
+    return Curves(_all(problems), reliability(p[known], truth[known] == 1), "over all findings")
 
 
 def _all(problems: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> list[Roc]:

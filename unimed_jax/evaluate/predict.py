@@ -17,7 +17,6 @@ from unimed_jax import saliency
 from unimed_jax.data import found as inputs
 from unimed_jax.data import medical, slides
 from unimed_jax.data.found import Input
-from unimed_jax.data.found import find_files as find_files  # what earlier callers knew it by
 from unimed_jax.evaluate import question, reading
 from unimed_jax.evaluate.question import Question
 from unimed_jax.evaluate.tasks import Task
@@ -73,7 +72,7 @@ def predict(
 
     Args:
         loaded: the model.
-        files: from `found.find` or `find_files`.
+        files: from `found.find` or `found.find_files`.
         task: what to ask; of a task only classes and prompts are used.
         window: for gray DICOM and NIfTI values; default: the file's own.
         slices: of a volume; default: the middle one.
@@ -155,8 +154,9 @@ def _scored(asked: Question, ranks: np.ndarray, p: np.ndarray) -> dict[str, Any]
 
 def _card(row: dict[str, Any], r: reading.Ready, asked: Question, cosines: np.ndarray) -> dict[str, Any]:
     top = [(*asked.texts[k], float(cosines[k])) for k in np.argsort(-cosines)[:3]]
+    f = r.picture
     return {
-        "file": r.file.name,
+        "file": r.file.name + (f", {f.frame + 1} of {f.frames}" if f.frames > 1 else ""),
         "predicted": row["predicted"] or "none",
         "scores": row["scores"],
         "prompts": [{"class": c, "prompt": p, "cosine": v} for c, p, v in top],

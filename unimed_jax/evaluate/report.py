@@ -91,6 +91,7 @@ def from_predictions(
     counts: Mapping[str, int],
     errors: Sequence[Mapping[str, str]],
     judged: Mapping[str, Any] | None = None,
+    drawn: curves.Curves | None = None,
 ) -> dict[str, Any]:
     """Collects the page of `unimed-jax predict`.
 
@@ -100,6 +101,7 @@ def from_predictions(
         counts: class -> number of pictures that it was predicted for.
         errors: {file, reason} of what could not be read.
         judged: the content of OUT.metrics.json.
+        drawn: the curves of the same.
     """
     total = run["pictures"]
     rows = [(name, n, n / total if total else 0.0) for name, n in counts.items()]
@@ -109,7 +111,7 @@ def from_predictions(
             "Prompts",
             f"{run['prompts']['name']}, {run['prompts']['shape']}, sha256 {run['prompts']['sha256'][:12]}",
         ),
-        ("Pictures", f"{total} of {run['files']} files, {len(errors)} failed"),
+        ("Pictures", f"{total} from {run['files']} files, of which {len(errors)} failed"),
         ("Made", run["created"]),
     ]
     page = {
@@ -124,24 +126,12 @@ def from_predictions(
         "curves": [],
     }
     if judged and "confusion" in judged:
-        page["tasks"] = [_task(judged, [p for p in pictures if "hit" in p])]
+        known = sorted((p for p in pictures if "hit" in p), key=lambda p: -max(p["scores"].values()))
+        page["tasks"] = [_task(judged, known, drawn) | {"gallery": "the surest of those shown first"}]
         page["pictures"] = [_shown(p) for p in pictures if "hit" not in p]
     elif judged:
-        page["summaries"] = [_judged_findings(judged)]
+        page["findings"] = [_findings(judged, drawn)]
     return page
-
-
-def _judged_findings(judged: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of findings: the mean, then each with its own metric."""
-    metric = judged["metric"]
-    value = lambda v: metrics.Value(v["value"], v["low"], v["high"], v.get("reason", "")).text()
-    rows = [(f"Mean {words(k)}", value(v)) for k, v in judged["values"].items()]
-    rows += [
-        (f"{name}: {words(metric)}, {f['positives']} of {f['n']} have it", value(f["values"][metric]))
-        for name, f in judged["findings"].items()
-    ]
-    note = f"{judged['n']} pictures of {judged['subjects']} subjects whose truth is known"
-    return {"title": "Findings", "note": "; ".join([note, *judged["notes"]]), "rows": rows}
 
 
 def compared(found: Mapping[str, Any]) -> dict[str, Any]:

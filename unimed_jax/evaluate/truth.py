@@ -19,7 +19,8 @@ import numpy as np
 from unimed_jax.data.found import Found
 from unimed_jax.data.tables import Entry, Listing
 from unimed_jax.errors import DataError, did_you_mean
-from unimed_jax.evaluate import metrics, multilabel, multilabel_metrics
+from unimed_jax.evaluate import curves, metrics, multilabel, multilabel_metrics, tallies
+from unimed_jax.evaluate.findings_results import FindingsResult
 from unimed_jax.evaluate.multilabel import Findings
 from unimed_jax.evaluate.predict import MEAN, Predictions
 from unimed_jax.evaluate.question import Classes, Question
@@ -247,6 +248,7 @@ class Judged:
     n: int
     subjects: int
     notes: list[str]
+    curves: curves.Curves
     json: dict[str, Any]
 
 
@@ -273,22 +275,30 @@ def judge(asked: Question, found: Predictions, truth: Truth, *, resamples: int =
     if isinstance(asked, Classes):
         m = metrics.classification(ranks, said, asked.names, groups, probabilities=p, resamples=resamples)
         result = TaskResult(task=asked.task, metrics=m)
-        values, main, plain = m.values, asked.task.metric, result.json()
+        drawn = curves.of_classes(asked.names, ranks, said)
     else:
-        cuts = asked.fit.thresholds if asked.fit else None
         m = multilabel_metrics.findings(
-            p, said, asked.names, groups, margins=ranks, thresholds=cuts, resamples=resamples
+            p,
+            said,
+            asked.names,
+            groups,
+            margins=ranks,
+            thresholds=asked.fit.thresholds if asked.fit else None,
+            resamples=resamples,
         )
-        values, main = m.values, asked.task.metric
-        plain = {
-            "name": asked.task.name,
-            "metric": main,
-            "n": m.n,
-            "subjects": m.subjects,
-            "prompts": {"sha256": asked.task.digest, "shape": asked.task.shape()},
-            "values": {k: v.json() for k, v in m.values.items()},
-            "findings": {k: f.json() for k, f in m.findings.items()},
-            "notes": m.notes,
-        }
+        subjects = tallies.codes(groups)
+        keys = [str(r["input"]) for r in rows]
+        result = FindingsResult(
+            task=asked.task, metrics=m, keys=keys, subjects=subjects, truth=said, margins=ranks
+        )
+        drawn = curves.of_findings(asked.names, ranks, said)
     head = {"format": FORMAT, "version": VERSION, "resamples": resamples, "truth": dict(truth.counts)}
-    return Judged(values=values, main=main, n=m.n, subjects=m.subjects, notes=m.notes, json=head | plain)
+    return Judged(
+        values=m.values,
+        main=asked.task.metric,
+        n=m.n,
+        subjects=m.subjects,
+        notes=m.notes,
+        curves=drawn,
+        json=head | result.json(),
+    )

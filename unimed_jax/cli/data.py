@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="unimed-jax data", description="Records: build, check, stats, show, overlap.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{build,check,stats,show,overlap}")
+    parser = Parser(
+        prog="unimed-jax data", description="Records: build, import-wds, check, stats, show, overlap."
+    )
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="{build,import-wds,check,stats,show,overlap}"
+    )
     build = verbs.add_parser(
         "build",
         help="write the records of a source",
@@ -26,21 +30,19 @@ def _parser() -> Parser:
         formatter_class=argparse.HelpFormatter,
     )
     build.add_argument("source", help="name of a source")
-    build.add_argument("--out", required=True, help="root folder of all sources; written to OUT/SOURCE/1.0.0")
     build.add_argument("--raw", help="folder of the raw data")
     build.add_argument("--captions", help="table of captions")
     build.add_argument("--name", help="name of the source, where it can be chosen")
-    build.add_argument("--shards", type=int, help="files a split (default: by size)")
-    build.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
-    build.add_argument("--tokenizer", help="counts tokens; tokenizer.json, vocab.txt or a folder with one")
-    build.add_argument("--max-bad", type=float, help="share of items that may be rejected (default: 0.001)")
-    build.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="another option of the source"
+    tars = verbs.add_parser(
+        "import-wds", help="write the records of web-dataset tars, UniMed's own among them"
     )
-    build.add_argument("--force", action="store_true", help="replace a finished export")
-    build.add_argument(
-        "--steal", action="store_true", help="take over the lock of a dead exporter on another machine"
+    tars.add_argument("raw", metavar="TARS", help="a tar, or a folder with tars")
+    tars.add_argument(
+        "--name", help="of the source; a name of UniMed's sources, where the tars are that source's"
     )
+    tars.set_defaults(source="webdataset")
+    for verb in (build, tars):
+        _add_export_options(verb)
     check = verbs.add_parser("check", help="verify records; exit code 3 with a list if anything is wrong")
     check.add_argument("--full", action="store_true", help="read every record, decode every picture")
     stats = verbs.add_parser("stats", help="count pictures, patients, captions, tokens")
@@ -58,10 +60,29 @@ def _parser() -> Parser:
     return parser
 
 
+def _add_export_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--out", required=True, help="root folder of all sources; written to OUT/SOURCE/1.0.0")
+    verb.add_argument("--shards", type=int, help="files a split (default: by size)")
+    verb.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    verb.add_argument("--tokenizer", help="counts tokens; tokenizer.json, vocab.txt or a folder with one")
+    verb.add_argument("--max-bad", type=float, help="share of items that may be rejected (default: 0.001)")
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="another option of the source"
+    )
+    verb.add_argument("--force", action="store_true", help="replace a finished export")
+    verb.add_argument(
+        "--steal", action="store_true", help="take over the lock of a dead exporter on another machine"
+    )
+
+
 def _sources_help() -> str:
     from unimed_jax.data.sources import SOURCES
 
-    return "Sources: " + "; ".join(f"{name} ({text})" for name, (_, _, text) in SOURCES.items()) + "."
+    # The 13 of UniMed share one line.
+    shown: dict[str, list[str]] = {}
+    for name, entry in SOURCES.items():
+        shown.setdefault(entry.help, []).append(name)
+    return "Sources: " + "; ".join(f"{', '.join(names)} ({text})" for text, names in shown.items()) + "."
 
 
 def run(argv: list[str]) -> int:
@@ -69,9 +90,14 @@ def run(argv: list[str]) -> int:
     args = _parser().parse(argv)
     if getattr(args, "workers", 1) < 1:
         raise UsageError(f"--workers is {args.workers}", "at least 1")
-    return {"build": _build, "check": _check, "stats": _stats, "show": _show, "overlap": overlap.run}[
-        args.verb
-    ](args)
+    return {
+        "build": _build,
+        "import-wds": _build,
+        "check": _check,
+        "stats": _stats,
+        "show": _show,
+        "overlap": overlap.run,
+    }[args.verb](args)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -79,7 +105,7 @@ def _build(args: argparse.Namespace) -> int:
     from unimed_jax.data.sources import open_source
 
     options: dict[str, Any] = {
-        k: v for k in ("raw", "captions", "name") if (v := getattr(args, k)) is not None
+        k: v for k in ("raw", "captions", "name") if (v := getattr(args, k, None)) is not None
     }
     for entry in args.set:
         key, equals, value = entry.partition("=")

@@ -6,16 +6,35 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+from unimed_jax import config
 from unimed_jax.data.shards import RecordSource
 from unimed_jax.errors import UsageError, did_you_mean
 
-# name: (module, class, one line of help)
-SOURCES: dict[str, tuple[str, str, str]] = {
-    "folder": ("unimed_jax.data.sources.folder", "Folder", "your own images: --raw DIR --captions TABLE.csv"),
-    "minimed": ("unimed_jax.data.minimed", "Minimed", "real images of six modalities out of public packages"),
-    "phantom": ("unimed_jax.data.phantom", "Phantom", "synthetic pictures, for tests and benchmarks"),
+
+class Entry(NamedTuple):
+    """Where a source's class is, a line of help, and options that its name fixes."""
+
+    module: str
+    cls: str
+    help: str
+    fixed: Mapping[str, str] = MappingProxyType({})
+
+
+_HERE = "unimed_jax.data.sources"
+SOURCES: dict[str, Entry] = {
+    "folder": Entry(f"{_HERE}.folder", "Folder", "your own images: --raw DIR --captions TABLE.csv"),
+    "minimed": Entry(
+        "unimed_jax.data.minimed", "Minimed", "real images of six modalities out of public packages"
+    ),
+    "phantom": Entry("unimed_jax.data.phantom", "Phantom", "synthetic pictures, for tests and benchmarks"),
+    "webdataset": Entry(f"{_HERE}.webdataset", "Webdataset", "tars of pictures and texts: --raw DIR"),
+    **{
+        name: Entry(f"{_HERE}.unimed", "Unimed", "of UniMed: --raw DIR --captions FILE", {"name": name})
+        for name in config.UNIMED_SOURCES
+    },
 }
 
 
@@ -37,9 +56,10 @@ def open_source(name: str, options: Mapping[str, Any]) -> RecordSource:
         raise UsageError(
             f"no source {name!r}.{did_you_mean(name, SOURCES)}", f"there are: {', '.join(SOURCES)}"
         )
-    module, cls, _ = SOURCES[name]
-    make = getattr(importlib.import_module(module), cls)
-    parameters = inspect.signature(make, eval_str=True).parameters
+    entry = SOURCES[name]
+    make = getattr(importlib.import_module(entry.module), entry.cls)
+    every = inspect.signature(make, eval_str=True).parameters
+    parameters = {k: p for k, p in every.items() if k not in entry.fixed}
     for option in options:
         if option not in parameters:
             raise UsageError(
@@ -49,7 +69,8 @@ def open_source(name: str, options: Mapping[str, Any]) -> RecordSource:
     missing = [p for p in parameters.values() if p.default is p.empty and p.name not in options]
     if missing:
         raise UsageError(f"source {name} needs {', '.join('--' + p.name for p in missing)}")
-    return make(**{k: _convert(name, k, v, parameters[k].annotation) for k, v in options.items()})
+    given = {k: _convert(name, k, v, parameters[k].annotation) for k, v in options.items()}
+    return make(**entry.fixed, **given)
 
 
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

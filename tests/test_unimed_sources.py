@@ -1,0 +1,301 @@
+"""UniMed's 13 sources: from published annotations and from the original's tars to the same records."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tarfile
+
+import pytest
+from test_cli_data import outcome
+from unimed_tree import BUILDERS, jpeg, write_csv, write_tars
+
+from unimed_jax import config
+from unimed_jax.data import verify
+from unimed_jax.data.export import export
+from unimed_jax.data.record import hash_patient
+from unimed_jax.data.shards import Shards
+from unimed_jax.data.sources import SOURCES, modality, open_source
+from unimed_jax.data.sources.unimed import LAYOUTS
+from unimed_jax.data.validate import Reject
+from unimed_jax.errors import DataError, UsageError
+
+
+@pytest.fixture
+def tree(request, tmp_path):
+    return BUILDERS[request.param](tmp_path / "it's raw")
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    (tmp_path / "it's raw").mkdir()
+    monkeypatch.chdir(tmp_path)  # where a cell that was executed would leave its mark
+
+
+def records(root, name):
+    shards = Shards(root / name / "1.0.0", "train")
+    return {e.key: e for e in (shards[i] for i in range(len(shards)))}
+
+
+def rejects(root, name):
+    lines = (root / name / "1.0.0" / "rejects.jsonl").read_text().splitlines()
+    return {r["key"]: r["reason"] for r in map(json.loads, lines)}
+
+
+def said(example):
+    return [(c.text, c.kind) for c in example.captions]
+
+
+def test_every_source_has_a_layout_a_name_and_a_tree():
+    assert set(LAYOUTS) == set(config.UNIMED_SOURCES) == set(BUILDERS)
+    assert set(config.UNIMED_SOURCES) <= set(SOURCES)
+
+
+@pytest.mark.parametrize("tree", BUILDERS, indirect=True)
+def test_a_raw_tree_becomes_the_records_that_it_says(tree, tmp_path):
+    source = open_source(tree.name, {"raw": str(tree.raw), "captions": str(tree.captions)})
+    export(source, tmp_path / "out", max_bad=0.9)
+    found = records(tmp_path / "out", tree.name)
+    assert found.keys() == tree.expected.keys()
+    for key, want in tree.expected.items():
+        e = found[key]
+        assert said(e) == want.pop("captions"), key
+        assert e.image == want.pop("image")
+        assert e.patient == hash_patient(want.pop("patient", ""), tree.name)
+        for name, value in want.items():
+            assert getattr(e, name) == value, (key, name)
+    left = rejects(tmp_path / "out", tree.name)
+    assert left == tree.rejects
+    assert len(found) + len(left) == len(source.items())  # written + rejected = seen
+    assert verify.check(tmp_path / "out").ok
+    assert not list(tmp_path.rglob("executed"))
+
+
+@pytest.mark.parametrize("tree", BUILDERS, indirect=True)
+def test_the_original_tars_hold_the_same_pictures_and_captions(tree, tmp_path, capsys):
+    write_tars(tree, tmp_path / "tars")
+    code, out, err = outcome(
+        capsys,
+        "import-wds",
+        str(tmp_path / "tars"),
+        "--name",
+        tree.name,
+        "--out",
+        str(tmp_path / "out"),
+    )
+    assert code == 0, err
+    assert f"{len(tree.joined)} records" in out
+    got = sorted((e.image, said(e)) for e in records(tmp_path / "out", tree.name).values())
+    kinds = {"retina_part2": "original"}  # the tars do not say that its captions come from a template
+    want = [
+        (w["image"], [(t, kinds.get(tree.name, k)) for t, k in w["captions"]]) for w in tree.expected.values()
+    ]
+    assert got == sorted(want)
+
+
+def test_annotations_may_be_named_by_their_folder_and_pictures_by_theirs(tmp_path):
+    tree = BUILDERS["chexpert"](tmp_path / "it's raw")
+    source = open_source(
+        "chexpert", {"raw": str(tree.raw / "CheXpert-v1.0-small"), "captions": str(tree.captions.parent)}
+    )
+    assert source.example(source.items()[0]).modality == "X-ray"
+
+
+def test_what_is_not_there_is_said_in_one_line(tmp_path):
+    tree = BUILDERS["openi"](tmp_path / "it's raw")
+    for options, message in (
+        ({"raw": tmp_path / "nowhere", "captions": tree.captions}, "no folder"),
+        ({"raw": tree.raw, "captions": tmp_path / "nowhere"}, "no annotation file"),
+        ({"raw": tree.raw, "captions": tmp_path}, r"filter_cap\.json cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_source("openi", options).items()
+    with pytest.raises(UsageError, match="several annotation files") as e:
+        open_source("openi", {"raw": tree.raw, "captions": tree.captions / "filter_cap.json"}).items()
+    assert "filter_cap.json,openai_refined_concepts.json" in e.value.remedy
+    short = json.loads((tree.captions / "openai_refined_concepts.json").read_text())
+    short["refined_captions"].pop()
+    (tree.captions / "openai_refined_concepts.json").write_text(json.dumps(short))
+    with pytest.raises(DataError, match=r"has 4 entries and .* 3: they belong together"):
+        open_source("openi", {"raw": tree.raw, "captions": tree.captions}).items()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("quilt", "a,b\n1,2\n", "has no column 2"),
+        ("retina_part3", "image,other\nx,y\n", "has no column 'caption'"),
+        ("llava_med_alignment_set", '{"image": 1}', "holds no list"),
+        ("llava_med_alignment_set", "[" * 100_000, "is no JSON"),
+        ("llava_med_hq_60k_set", "[1, 2]", "no table of lists"),
+        ("openi", '{"annotations": 3}', "no list 'annotations'"),
+    ],
+)
+def test_a_file_of_another_format_is_refused(tmp_path, name, content, message):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for file in LAYOUTS[name].annotations:
+        (folder / file).write_text(content)
+    with pytest.raises(DataError, match=message):
+        open_source(name, {"raw": str(tmp_path), "captions": str(folder)}).items()
+
+
+def test_bytes_that_are_not_utf8_reject_their_row_only(tmp_path):
+    tree = BUILDERS["roco"](tmp_path / "it's raw")
+    tree.captions.write_bytes(tree.captions.read_bytes() + b"two,caf\xe9\r\n\xff\xfe,A path\r\n")
+    source = open_source("roco", {"raw": str(tree.raw), "captions": str(tree.captions)})
+    export(source, tmp_path / "out", max_bad=0.9)
+    more = rejects(tmp_path / "out", "roco").items() - tree.rejects.items()
+    assert more == {
+        ("roco/two.jpg#2", "caption_not_utf8"),
+        ("roco/unnamed, train_captions.csv line 9", "annotation"),
+    }
+
+
+def test_hidden_names_leave_no_path_behind(tmp_path):
+    tree = BUILDERS["mimic_cxr"](tmp_path / "it's raw")
+    options = {"raw": str(tree.raw), "captions": str(tree.captions), "hide_names": "true", "salt": "s"}
+    export(open_source("mimic_cxr", options), tmp_path / "out", max_bad=0.9)
+    for file in (tmp_path / "out").rglob("*"):
+        assert file.is_dir() or b"p10000030" not in file.read_bytes(), file
+
+
+def test_workers_do_not_change_the_bytes(tmp_path):
+    tree = BUILDERS["retina_part1"](tmp_path / "it's raw")
+    made = []
+    for workers in (1, 2):
+        source = open_source("retina_part1", {"raw": str(tree.raw), "captions": str(tree.captions)})
+        out = tmp_path / f"out{workers}"
+        export(source, out, shards=2, workers=workers)
+        made.append({p.name: p.read_bytes() for p in sorted(out.rglob("*array_record*"))})
+    assert made[0] == made[1]
+    assert len(made[0]) == 4  # two shards and their sidecars
+
+
+@pytest.mark.parametrize(
+    ("caption", "want"),
+    [
+        ("Axial contrast-enhanced CT scan", "CT"),
+        ("T2-weighted image of the knee", "MRI"),
+        ("Chest X-ray, posteroanterior view", "X-ray"),
+        ("Transabdominal ultrasound", "Ultrasound"),
+        ("H&E stain, x40", "Histopathology"),
+        ("Haematoxylin and eosin", "Histopathology"),
+        ("Fundus photograph of the left eye", "Fundus"),
+        ("CT (a) and MRI (b)", ""),
+        ("18F-FDG PET/CT", ""),
+        ("CT angiography", ""),
+        ("A direct effect", ""),
+        ("gastric fundus on endoscopy", ""),
+        ("", ""),
+    ],
+)
+def test_modality_is_named_or_unknown_never_guessed(caption, want):
+    assert modality.named(caption) == want
+
+
+# --- tars
+
+
+def tar(path, members):
+    import io
+
+    with tarfile.open(path, "w") as t:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            t.addfile(info, io.BytesIO(data))
+
+
+def test_tars_of_anyone(tmp_path):
+    (tmp_path / "t" / "b").mkdir(parents=True)
+    tar(
+        tmp_path / "t" / "one.tar",
+        [
+            ("x/1.png", jpeg(1)), ("x/1.json", b'{"caption": "First", "url": "u"}'),
+            ("x/2.jpg", jpeg(2)), ("x/2.json", b'{"captions": ["A", "B"]}'),
+            ("3.jpg", jpeg(3)), ("3.seg.png", b"mask"), ("3.txt", b"\xef\xbb\xbfWith a mark"),
+            ("4.jpg", jpeg(4)), ("5.txt", b"No picture"), ("6.jpg", jpeg(6)), ("6.json", b"{"),
+            ("7.jpg", jpeg(7)), ("7.jpg", jpeg(8)), ("7.txt", b"Twice"),
+            ("../8.jpg", jpeg(9)), ("../8.txt", b"Outside"), ("9.jpg", b"no picture"), ("9.txt", b"Nine"),
+            ("10.jpg", jpeg(10)), ("10.json", b'{"caption": 7}'),
+        ],
+    )  # fmt: skip
+    tar(tmp_path / "t" / "b" / "two.tar", [("1.jpg", jpeg(11)), ("1.txt", b"The same number in another tar")])
+    source = open_source("webdataset", {"raw": str(tmp_path / "t"), "name": "mine", "modality": "CT"})
+    export(source, tmp_path / "out", max_bad=0.9)
+    found = records(tmp_path / "out", "mine")
+    assert {k: [c.text for c in e.captions] for k, e in found.items()} == {
+        "mine/one/x/1": ["First"],
+        "mine/one/x/2": ["A", "B"],
+        "mine/one/3": ["With a mark"],
+        "mine/b/two/1": ["The same number in another tar"],
+    }
+    assert {e.modality for e in found.values()} == {"CT"}
+    assert found["mine/b/two/1"].image == jpeg(11)
+    assert rejects(tmp_path / "out", "mine") == {
+        "mine/one/4": "annotation",
+        "mine/one/5": "annotation",
+        "mine/one/6": "annotation",
+        "mine/one/7": "annotation",
+        "mine/one/'../8'": "annotation",
+        "mine/one/9": "decode_error",
+        "mine/one/10": "annotation",
+    }
+    assert len(found) + 7 == len(source.items())
+
+
+def test_a_tar_that_is_none(tmp_path):
+    tar(tmp_path / "a.tar", [("1.jpg", jpeg(1)), ("1.txt", b"x")])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    with pytest.raises(DataError, match=r"a\.tar\.gz is no whole, uncompressed tar") as e:
+        open_source("webdataset", {"raw": str(tmp_path / "c")}).items()
+    assert "gunzip" in e.value.remedy
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes((tmp_path / "a.tar").read_bytes()[:900])
+    with pytest.raises(DataError, match="no whole, uncompressed tar"):
+        open_source("webdataset", {"raw": str(cut)}).items()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no \.tar below"):
+        open_source("webdataset", {"raw": str(tmp_path / "empty")}).items()
+    with pytest.raises(UsageError, match="modality is 'Ct'"):
+        open_source("webdataset", {"raw": str(tmp_path), "modality": "Ct"})
+
+
+def test_members_that_are_no_files_are_rejected(tmp_path):
+    with tarfile.open(tmp_path / "links.tar", "w") as t:
+        info = tarfile.TarInfo("1.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        t.addfile(info)
+    (item,) = open_source("webdataset", {"raw": str(tmp_path / "links.tar")}).items()
+    with pytest.raises(Reject, match="plain file"):
+        open_source("webdataset", {"raw": str(tmp_path / "links.tar")}).example(item)
+
+
+def test_a_tar_that_shrinks_after_it_was_indexed(tmp_path):
+    tar(tmp_path / "a.tar", [("1.jpg", jpeg(1)), ("1.txt", b"x")])
+    source = open_source("webdataset", {"raw": str(tmp_path / "a.tar")})
+    (item,) = source.items()
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    with pytest.raises(Reject, match="ends in the middle"):
+        source.example(item)
+
+
+def test_the_verb_lists_sources_and_names_options(tmp_path, capsys):
+    code, _, err = outcome(capsys, "build", "chexpert", "--out", str(tmp_path / "o"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "needs --raw, --captions" in err
+    code, _, err = outcome(
+        capsys, *("build", "chexpert", "--raw", str(tmp_path), "--captions", "x", "--name", "other"),
+        *("--out", str(tmp_path / "o")),
+    )  # fmt: skip
+    assert code == 2
+    assert "no option 'name'" in err
+    write_csv(tmp_path / "06_DEN.csv", [["image", "categories"], ["a.jpg", "['drusen']"]])
+    code, _, err = outcome(
+        capsys, *("build", "retina_part2", "--raw", str(tmp_path), "--captions", str(tmp_path / "06_DEN.csv")),
+        *("--out", str(tmp_path / "o")),
+    )  # fmt: skip
+    assert code == 3
+    assert "missing 1" in err

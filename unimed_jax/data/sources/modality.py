@@ -1,0 +1,36 @@
+"""The modality that a caption of the literature names, where it names exactly one of the six."""
+
+from __future__ import annotations
+
+import re
+
+# Words that speak for one modality. Deliberately few: a caption without any of them stays unknown.
+_WORDS = {
+    "X-ray": r"x[- ]?rays?|(?:chest |plain )?radiographs?|radiograms?|plain films?|mammograms?",
+    "CT": r"cts?|computed tomograph\w*|computerized tomograph\w*|cect|hrct|cbct",
+    "MRI": r"mri|mris|mr imag\w*|magnetic[- ]resonance|t[12][- ]weighted|t[12]wi?|mrcp",
+    "Ultrasound": r"ultrasound|ultrasonograph\w*|ultrasonograms?|sonogra\w+|echocardiogra\w+",
+    "Histopathology": r"histopatholog\w*|histolog\w*|photomicrograph\w*|h ?& ?e|ha?ematoxylin|immunohistochem\w*",
+    "Fundus": r"fundus|fundoscop\w*|funduscop\w*|ophthalmoscop\w*",
+}
+_PATTERNS = {
+    name: re.compile(rf"(?<![\w-])(?:{words})(?![\w])", re.IGNORECASE) for name, words in _WORDS.items()
+}
+# What combines two, or looks like one of the six and is none.
+_OTHERS = re.compile(
+    r"(?<![\w-])(?:PET|SPECT|scintigra\w*|angiogra\w*|autofluorescence|endoscop\w*|optical coherence|OCT)(?![\w])",
+    re.IGNORECASE,
+)
+
+
+def named(caption: str) -> str:
+    """The one modality that a caption names; empty when it names none, several, or one that is not among the six.
+
+    Example:
+        >>> named("Axial CT scan of the abdomen"), named("CT and MRI of the same lesion"), named("A red nodule")
+        ('CT', '', '')
+    """
+    if _OTHERS.search(caption):
+        return ""
+    found = [name for name, pattern in _PATTERNS.items() if pattern.search(caption)]
+    return found[0] if len(found) == 1 else ""

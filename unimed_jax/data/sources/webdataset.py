@@ -1,0 +1,188 @@
+"""Tars in the web-dataset layout: the members of one sample share their name up to the first dot of the file name.
+
+A sample is one picture and one text: `000123.jpg` and `000123.txt` as in UniMed's own tars, whose joined captions are
+taken apart at export (data/markers.py), or a `.json` with a caption. The tars are read where they lie: the index keeps
+offsets, nothing is unpacked.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unimed_jax import config
+from unimed_jax.data import limits
+from unimed_jax.data.record import Caption, Example
+from unimed_jax.data.sources.annotation_files import path_fault
+from unimed_jax.data.validate import Reject
+from unimed_jax.errors import DataError, UsageError, did_you_mean
+
+_PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
+_TEXTS = ("txt", "caption", "text", "json")
+_JSON_FIELDS = ("caption", "text", "captions")
+
+
+@dataclass(slots=True, frozen=True)
+class Member:
+    """Bytes inside a tar."""
+
+    suffix: str
+    offset: int
+    size: int
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Item:
+    """One sample: its tar and its members; `fault` says why it cannot be used."""
+
+    key: str
+    tar: str  # below raw
+    picture: Member | None = None
+    text: Member | None = None
+    fault: str = ""
+    split: str = "train"
+
+    @property
+    def where(self) -> str:
+        """Where the sample stands."""
+        return f"{self.tar}: {self.key}"
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Webdataset:
+    """The record source `webdataset`.
+
+    Args:
+        raw: a tar, or a folder read with everything below it.
+        name: of the source; with a name of UniMed's (config.UNIMED_SOURCES) its own marker joins the captions.
+        modality: of all pictures, one of config.MODALITIES; empty for unknown.
+        licence: a note on the licence.
+        description: for the data card.
+    """
+
+    raw: Path = field(repr=False)
+    name: str = "webdataset"
+    modality: str = ""
+    licence: str = ""
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if self.modality and self.modality not in config.MODALITIES:
+            hint = did_you_mean(self.modality, config.MODALITIES)
+            raise UsageError(
+                f"modality is {self.modality!r}.{hint}", f"one of {', '.join(config.MODALITIES)}"
+            )
+
+    def items(self) -> Sequence[Item]:
+        """Every sample of every tar, tars in the order of their names.
+
+        Raises:
+            DataError: without any tar, or for one that is compressed or damaged.
+        """
+        found: list[Item] = []
+        for file in self._tars():
+            name = self._name(file)
+            if fault := path_fault(name):
+                raise DataError(f"the tar {name!a}: {fault}", "rename it")
+            found += _index(file, name)
+        return found
+
+    def example(self, item: Item) -> Example:
+        """Reads one sample; the picture's bytes are stored as they are.
+
+        Raises:
+            Reject: for a sample without picture or text, or a text that says nothing readable.
+        """
+        if item.fault or item.picture is None or item.text is None:
+            raise Reject("annotation", item.fault or "the sample is not complete")
+        file = Path(self.raw) if Path(self.raw).is_file() else Path(self.raw) / item.tar
+        with file.open("rb") as f:
+            picture, text = _read(f, item.picture), _read(f, item.text)
+        return Example(
+            key=item.key,
+            image=picture,
+            captions=_captions(text, item.text.suffix),
+            modality=self.modality,
+            split=item.split,
+        )
+
+    def _tars(self) -> list[Path]:
+        raw = Path(self.raw)
+        if raw.is_file():
+            return [raw]
+        if not raw.is_dir():
+            raise DataError(f"no folder or tar {raw}", "--raw names it")
+        found = sorted(p for p in raw.rglob("*") if p.is_file() and ".tar" in p.suffixes)
+        if not found:
+            raise DataError(f"no .tar below {raw}", "--raw names the folder of the tars")
+        return found
+
+    def _name(self, file: Path) -> str:
+        raw = Path(self.raw)
+        return file.name if raw.is_file() else file.relative_to(raw).as_posix()
+
+
+def _index(file: Path, name: str) -> Iterator[Item]:
+    """The samples of one tar, in its order."""
+    samples: dict[str, dict[str, Member]] = {}
+    faults: dict[str, str] = {}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                folder, _, last = member.name.rpartition("/")
+                stem, _, suffix = last.partition(".")
+                base, suffix = f"{folder}/{stem}".strip("/"), suffix.lower()
+                parts = samples.setdefault(base, {})
+                if not member.isreg() or member.issparse():
+                    faults[base] = f"{suffix or 'a member'} is no plain file"
+                elif suffix in parts:
+                    faults[base] = f"two members end in .{suffix}"
+                parts[suffix] = Member(suffix, member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as e:
+        raise DataError(
+            f"{file} is no whole, uncompressed tar ({type(e).__name__}: {str(e)[:80]})",
+            "unpack it with gunzip, or download it again",
+        ) from e
+    except OSError as e:
+        raise DataError(f"{file} cannot be read ({e.strerror or type(e).__name__})") from e
+    prefix = name.removesuffix(".tar")
+    for base, parts in samples.items():
+        picture = next((parts[s] for s in _PICTURES if s in parts), None)
+        text = next((parts[s] for s in _TEXTS if s in parts), None)
+        fault = faults.get(base, "") or path_fault(base)
+        if not fault and (picture is None or text is None):
+            lacks = "picture" if picture is None else "text"
+            fault = f"it has no {lacks}, only {', '.join(sorted(parts))[:80]}"
+        key = f"{prefix}/{ascii(base) if path_fault(base) else base}"
+        yield Item(key=key, tar=name, picture=picture, text=text, fault=fault)
+
+
+def _read(f, member: Member) -> bytes:
+    if member.size > limits.MAX_FILE_BYTES:
+        raise Reject("too_large", f"a member has more than {limits.MAX_FILE_BYTES} bytes")
+    f.seek(member.offset)
+    data = f.read(member.size)
+    if len(data) != member.size:
+        raise Reject("unreadable", "the tar ends in the middle of the sample")
+    return data
+
+
+def _captions(data: bytes, suffix: str) -> tuple[Caption, ...]:
+    text = data.decode("utf-8-sig", errors="surrogateescape")
+    if suffix != "json":
+        return (Caption(text=text),)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise Reject("annotation", f"its .json is none ({type(e).__name__})") from None
+    said = next((value[k] for k in _JSON_FIELDS if k in value), None) if isinstance(value, dict) else value
+    found = said if isinstance(said, list) else [said]
+    texts = [x for x in found if isinstance(x, str)]
+    if not texts or len(texts) < len(found):
+        raise Reject("annotation", f"its .json has no text under {', '.join(_JSON_FIELDS)}")
+    return tuple(Caption(text=x) for x in texts)

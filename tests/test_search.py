@@ -45,6 +45,17 @@ def test_equals_a_sort_of_all_scores(dtype, slab):
     np.testing.assert_allclose(scores, np.take_along_axis(every, expected, 1), atol=1e-6)
 
 
+def test_rows_may_stay_on_the_device(tmp_path):
+    z, q = vectors(100).astype(np.float16), vectors(2, seed=1)
+    held = search.on_device(embedding_table.Index(index(tmp_path / "e.parquet", z)), slab=30)
+    assert [len(h) for h in held] == [25, 25, 25, 25]
+    held = search.on_device(embedding_table.Index(tmp_path / "e.parquet"), slab=15)
+    assert [len(h) for h in held] == [15] * 7
+    for a, b in zip(search.top_k(q, held, 200, rows=100), search.top_k(q, [z], 200), strict=True):
+        assert a.shape == (2, 100)
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 def test_float16_keeps_cosines_within_its_rounding():
     z, q = vectors(2000, 512), vectors(3, 512, seed=1)
     exact, _ = search.top_k(q, [z], 20)

@@ -26,10 +26,11 @@ _QUERIES = 256  # compared at once
 
 def top_k(
     queries: Float[np.ndarray, "q d"],
-    slabs: Iterable[Float[np.ndarray, "n d"]],
+    slabs: Iterable[Float[np.ndarray | jax.Array, "n d"]],
     k: int,
     *,
     slab: int = SLAB,
+    rows: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
     """The k rows with the largest inner products, best first.
@@ -39,6 +40,7 @@ def top_k(
         slabs: the rows, cut anywhere into arrays of at most `slab` rows.
         k: how many; all rows when there are fewer.
         slab: rows that the device gets at once.
+        rows: how many there are, where the last slab is filled up with others (`on_device`).
         mesh: devices to share the rows of a slab over; default: one device.
 
     Returns:
@@ -67,16 +69,17 @@ def top_k(
             height = len(part) if len(part) < slab else slab
             height = -(-height // (mesh.size if mesh else 1)) * (mesh.size if mesh else 1)
         for start in range(0, len(part), height):
-            rows = part[start : start + height]
-            there = _place(_filled(rows, height), mesh)
+            piece = part if height == len(part) else part[start : start + height]
+            there = _place(_filled(piece, height), mesh)
+            count = len(piece) if rows is None else min(len(piece), rows - total)
             for i, q in enumerate(asked):
                 if best[i] is None:
                     best[i] = (
                         jnp.asarray(np.full((size, k), -np.inf, np.float32)),  # jnp.full is weakly typed
                         jnp.asarray(np.full((size, k), -1, np.int32)),
                     )
-                best[i] = _step(*best[i], q, there, np.int32(total), np.int32(len(rows)))
-            total += len(rows)
+                best[i] = _step(*best[i], q, there, np.int32(total), np.int32(count))
+            total += count
     k = min(k, total)
     if not total or not len(queries):
         return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
@@ -85,11 +88,21 @@ def top_k(
     return scores, numbers.astype(np.int64)
 
 
-def _filled(rows: np.ndarray, height: int) -> np.ndarray:
-    return rows if len(rows) == height else np.pad(rows, ((0, height - len(rows)), (0, 0)))
+def _filled(rows: Any, height: int) -> Any:
+    return rows if len(rows) == height else np.pad(np.asarray(rows), ((0, height - len(rows)), (0, 0)))
 
 
-def _place(rows: np.ndarray, mesh: Mesh | None) -> jax.Array:
+def _height(rows: int, slab: int) -> int:
+    """Slabs of equal size, so that next to nothing is filled up.
+
+    Example:
+        >>> _height(100_000, 32_768)
+        25000
+    """
+    return -(-rows // max(1, -(-rows // slab)))
+
+
+def _place(rows: Any, mesh: Mesh | None) -> jax.Array:
     return jax.device_put(rows, parallel.batch_sharding(mesh)) if mesh else jnp.asarray(rows)
 
 
@@ -126,7 +139,7 @@ def search(
     Raises:
         UsageError: see `top_k`.
     """
-    scores, numbers = top_k(queries, index.slabs(SLAB), k, mesh=mesh)
+    scores, numbers = top_k(queries, index.slabs(_height(len(index), SLAB)), k, mesh=mesh)
     wanted = sorted(set(numbers.ravel().tolist()) - {-1})
     said = dict(zip(wanted, index.rows(wanted), strict=True))
     return [
@@ -137,6 +150,15 @@ def search(
         ]
         for line, at in zip(scores.tolist(), numbers.tolist(), strict=True)
     ]
+
+
+def on_device(index: Index, *, slab: int = SLAB) -> list[Float[jax.Array, "n d"]]:
+    """A whole index as equal float32 slabs on one device (4 bytes a number), for many queries in turn.
+
+    The last slab is filled up: search it with `top_k(queries, slabs, k, rows=len(index))`.
+    """
+    height = _height(len(index), slab)
+    return [jnp.asarray(_filled(rows, height).astype(np.float32)) for rows in index.slabs(height)]
 
 
 def check_model(index: Index, digest: str, name: str) -> None:

@@ -80,10 +80,10 @@ def test_gaps_and_repetitions_are_counted(scans):
         scans, "file,label", "a/00.png,ct", "a/00.png,ct", "gone.png,mri", "a/02.png,", "a/04.png,mri"
     )
     assert got.notes == [
-        "1 rows that repeat another",
-        "1 rows that name no picture here",
-        "1 rows without a label",
-        "10 pictures or volumes without truth",
+        "rows that repeat another: 1",
+        "rows that name no picture here: 1",
+        "rows without a label: 1",
+        "pictures or volumes without truth: 10",
     ]
 
 
@@ -167,7 +167,7 @@ def test_metrics_are_those_of_sklearn(model, scans, tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in (
         "truth   11 pictures",
-        "1 rows that name no picture here",
+        "rows that name no picture here: 1",
         "balanced_accuracy",
         "11 pictures of 4",
     ):

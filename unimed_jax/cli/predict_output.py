@@ -164,10 +164,14 @@ def write(
 
 def shown(found: Predictions, truth: Truth | None) -> list[dict[str, Any]]:
     """The pictures of the page, each with its truth where that is known; tiles are parts, nobody judged them."""
+    from unimed_jax.evaluate.truth import is_right
+
     out = []
     for card in found.shown:
         row = card["row"]
-        label = truth.words.get(row["input"]) if truth and row["kind"] != "slide" else None
-        known = {} if label is None else {"label": label, "hit": card["predicted"] == label}
+        known: dict[str, Any] = {}
+        if truth and row["input"] in truth.said and row["kind"] != "slide":
+            right = is_right(found.classes, truth.said[row["input"]], row["found"])
+            known = {"label": truth.words[row["input"]], "hit": right}
         out.append({k: v for k, v in card.items() if k not in ("row", "square")} | known)
     return out

@@ -92,7 +92,7 @@ def match(found: Found, lists: Sequence[Listing], folders: Sequence[Path], task:
     out.words = {n: words(task, s) for n, s in out.said.items()}
     counts["pictures or volumes without truth"] = len(found.inputs) - len(out.said)
     out.counts = {k: n for k, n in counts.items() if n}
-    out.notes = [f"{n} {k}" for k, n in out.counts.items()]
+    out.notes = [f"{k}: {n}" for k, n in out.counts.items()]
     return out
 
 
@@ -234,6 +234,19 @@ def words(task: Task | Findings, said: Said) -> str:
         return list(task.classes)[said] if isinstance(task, Task) else ""
     names = task.findings if isinstance(task, Findings) else ()
     return "; ".join(k for k, v in zip(names, said, strict=True) if v == multilabel.PRESENT) or "none"
+
+
+def is_right(names: Sequence[str], said: Said, found: Sequence[str]) -> bool:
+    """Whether what was found is the truth; findings that are unknown do not count.
+
+    Example:
+        >>> is_right(["mass", "edema"], (1, -1), ["mass", "edema"]), is_right(["ct", "mri"], 1, ["ct"])
+        (True, False)
+    """
+    if isinstance(said, int):
+        return list(found) == [names[said]]
+    known = ((k, v) for k, v in zip(names, said, strict=True) if v != multilabel.UNKNOWN)
+    return all((k in found) == (v == multilabel.PRESENT) for k, v in known)
 
 
 # ---- how right the scores are

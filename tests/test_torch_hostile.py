@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import tracemalloc
 from pathlib import Path
 
 import hostile
@@ -259,3 +260,28 @@ def test_tensors_cannot_repeat_a_storage_without_end(tmp_path):
     refusal(archive(tmp_path / "a.pt", many, {"data/0": b"\0" * 4_000_000}), "has 4000000 bytes")
     whole = tensor(storage(count=integer(10**6)), shape=(10**6,))
     refusal(archive(tmp_path / "b.pt", b"](" + whole * 40 + b"e", {"data/0": b"\0" * 4_000_000}), "16 times")
+
+
+@pytest.mark.parametrize("leaf", [b"h\1", b"K\1"], ids=["tensors", "numbers"])
+def test_names_below_long_keys_are_not_copied_out(tmp_path, leaf):
+    """Each of many values below five keys of a megabyte would have a name of five megabytes."""
+    inner = b"}" + MARK + b"".join(integer(i) + leaf for i in range(100)) + b"u"
+    for _ in range(5):
+        inner = b"}" + text("x" * 2**20) + inner + b"s"
+    file = archive(tmp_path / "a.pt", tensor() + b"q\1" + b"0" + inner)
+    opened = open_torch(file)
+    tracemalloc.start()
+    try:
+        hostile.refusal(lambda _: opened.tensors(), file, "a name of 1048576 characters")
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_names_of_nested_dicts_have_a_limit(tmp_path):
+    deep = b"}" + text("b" * 148) + tensor() + b"s"
+    assert list(open_torch(archive(tmp_path / "a.pt", b"}" + text("a" * 151) + deep + b"s")).tensors()) == [
+        "a" * 151 + "." + "b" * 148
+    ]
+    file = archive(tmp_path / "b.pt", b"}" + text("a" * 152) + deep + b"s")
+    hostile.refusal(lambda f: open_torch(f).tensors(), file, "a name of 301 characters")

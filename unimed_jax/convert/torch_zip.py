@@ -24,6 +24,9 @@ from unimed_jax.errors import DataError
 
 RESAVE = "torch.save(torch.load(f, weights_only=True), g) writes the current format"
 _CHUNK = 2**24
+MAX_NAME = (
+    300  # characters of a tensor's name: many tensors below one long key must not each hold a copy of it
+)
 _KEY = re.compile(r"[0-9A-Za-z_]{1,64}")
 
 # What a file that is no torch archive begins with (at which byte), and what to say of it.
@@ -62,11 +65,13 @@ class TorchFile:
             tree: a part of `self.tree`; all of it when None.
 
         Raises:
-            DataError: when two of them get the same name.
+            DataError: when two of them get the same name, or one of more than 300 characters.
         """
         found: dict[str, np.ndarray] = {}
         others: list[str] = []
         for name, value in _named(self.tree if tree is None else tree, ""):
+            if len(name) > MAX_NAME:
+                raise DataError(f"{self.path} holds a name of {len(name)} characters: {shown(name)}", RESAVE)
             if not isinstance(value, np.ndarray):
                 if self.kind != "torchscript" or _holds_array(value):
                     others.append(shown(name).strip("'"))
@@ -82,8 +87,8 @@ class TorchFile:
 
 
 def _named(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Everything below nested dicts that is no dict."""
-    if not isinstance(tree, dict):
+    """Everything below nested dicts that is no dict; and a dict whose own name is too long already, not its content."""
+    if not isinstance(tree, dict) or len(prefix) > MAX_NAME + 1:
         yield prefix.removesuffix("."), tree
         return
     for key, value in tree.items():

@@ -92,7 +92,7 @@ def test_without_a_tokenizer_images_work_and_texts_say_what_is_missing(native, t
         model.encode_image(small_model.pictures(2)),
         unimed_jax.load(native).encode_image(small_model.pictures(2)),
     )
-    with pytest.raises(UsageError, match=r"no tokenizer, so it encodes images only.*|.*"):
+    with pytest.raises(UsageError, match="has no tokenizer, so it encodes images only"):
         model.encode_text(["a chest x-ray"])
     with pytest.raises(DataError, match="holds no tokenizer"):
         unimed_jax.get_tokenizer(tmp_path / "bare")

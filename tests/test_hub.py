@@ -179,6 +179,9 @@ def test_pins_are_asked_for(served, tmp_path):
     assert not served.asked
     with pytest.raises(UsageError, match=r"tokenizer\.json.*--trust-first-download"):
         hub.fetch(NAME, tmp_path / "m", revision=OLDER, sha256=served.sha256, endpoint=served.url)
+    for revision, sha256 in (("main", served.sha256), (OLDER[:12], served.sha256), (OLDER, "abc")):
+        with pytest.raises(UsageError, match="is no pin"):
+            hub.fetch(NAME, tmp_path / "m", revision=revision, sha256=sha256, trust_first=True)
     done = hub.fetch(
         NAME,
         tmp_path / "m",

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -94,15 +95,17 @@ def fetch(
 
 
 def _pinned(name: str, file: File, *, revision: str, sha256: str) -> File:
-    for kind, given in (("revision", revision), ("sha256", sha256)):
+    for kind, given, digits in (("revision", revision, 40), ("sha256", sha256, 64)):
         known = getattr(file, kind)
+        if given and not re.fullmatch(f"[0-9a-fA-F]{{{digits}}}", given):  # a branch moves: it pins nothing
+            raise UsageError(f"--{kind} {given} is no pin", f"give all {digits} hexadecimal digits")
         if given and known and given.lower() != known:
             raise UsageError(
                 f"--{kind} {given} is not the known {kind} of {name}, {known}",
                 f"leave --{kind} out, or convert a file of your own: unimed-jax convert FILE DIR --model {name}",
             )
     return dataclasses.replace(
-        file, revision=file.revision or revision, sha256=(file.sha256 or sha256).lower()
+        file, revision=(file.revision or revision).lower(), sha256=(file.sha256 or sha256).lower()
     )
 
 

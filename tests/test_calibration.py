@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -57,6 +58,19 @@ def test_figures_are_out_of_fold_with_intervals_and_a_paired_change():
     assert t.figures["nll"]["before"].value == pytest.approx(oracle.log_loss(labels, np.exp(log_p)))
     inside = oracle.log_loss(labels, np.exp(t.apply(log_p)))
     assert inside < t.figures["nll"]["after"].value < inside + 0.05
+
+
+def test_scores_that_say_nothing_are_told():
+    log_p, labels, subject, keys = classes(200)
+    noise = np.random.default_rng(5).permutation(labels)
+    t = calibration_fit.fit_temperature("a", "p", 20 * log_p, noise, subject, keys, resamples=0)
+    assert t.at_limit == (t.temperature > 99.9)
+    assert (
+        dataclasses.replace(t, temperature=100.0)
+        .text()
+        .endswith("the scores say almost nothing about the labels")
+    )
+    assert dataclasses.replace(t, temperature=2.0).text().endswith("from 200 records of 200 subjects")
 
 
 def test_subjects_are_never_on_both_sides_of_a_fold():

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,8 @@ import small_model
 from PIL import Image
 from sklearn import metrics as oracle
 
-from unimed_jax.errors import DataError, UsageError
+from unimed_jax.cli import eval as eval_verb
+from unimed_jax.errors import DataError, SomeInputsFailed, UsageError
 from unimed_jax.evaluate import calibrate, layouts, results, suite_prompts, suite_run, suites, yaml_text
 
 N = 40
@@ -256,3 +262,63 @@ def test_dates_and_merges_stay_texts_and_a_wrong_field_is_named(tmp_path):
     path.write_text("just words")
     with pytest.raises(UsageError, match="is no suite"):
         suites.load(path)
+
+
+# ---- several processes
+
+
+def _job(commands: list[list[str]], tmp_path: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Runs the processes of one job side by side; none outlives it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "unimed_jax", *c], env=env | {"JAX_PROCESS_ID": str(i)}, **pipes
+        )
+        for i, c in enumerate(commands)
+    ]
+    try:
+        said = [p.communicate(timeout=240) for p in both]
+    finally:
+        for p in both:
+            p.kill()
+    return [subprocess.CompletedProcess([], p.returncode, *s) for p, s in zip(both, said, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_suite_and_one_writes(tiny, root, tmp_path):
+    tiny.save(tmp_path / "model")
+    data = tmp_path / "data"
+    shutil.copytree(root, data)
+    for i in (3, 6):  # one picture of each process's share is damaged
+        (data / f"{i}.png").write_bytes(b"no picture")
+    sets = [entry(), entry(name="columns", layout=COLUMNS)]
+    (tmp_path / "mine.json").write_text(json.dumps({"name": "mine", "sets": sets}))
+    base = ["eval", "--model", str(tmp_path / "model"), "--suite", str(tmp_path / "mine.json"), "--ci", "20"]
+    base += ["--batch-size", "8", "--data-root", str(data)]
+    done = _job([[*base, "--out", str(tmp_path / "two")]] * 2, tmp_path)
+    assert [p.returncode for p in done] == [4, 4], done[0].stderr[-1500:] + done[1].stderr[-1500:]
+    assert "wrote" in done[0].stdout
+    assert not {"wrote", "suite", "model"} & set(done[1].stdout.split())
+    with pytest.raises(SomeInputsFailed):
+        eval_verb.run([*base, "--out", str(tmp_path / "one")][1:])
+    for name in ("findings.csv", "errors.csv", "results.csv"):
+        one, two = ((tmp_path / k / name).read_text() for k in ("one", "two"))
+        if name == "errors.csv":
+            assert one == two
+            assert one.count("\n") == 3
+        assert len(one.splitlines()) == len(two.splitlines())
+    one, two = (results.read(tmp_path / k)["datasets"] for k in ("one", "two"))
+    for name in one:
+        for k, v in one[name]["metrics"].items():
+            assert two[name]["metrics"][k]["value"] == pytest.approx(v["value"], abs=1e-5), (name, k)
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    (other / "7.png").unlink()
+    commands = [[*base[:-1], str(where), "--out", str(tmp_path / "three")] for where in (data, other)]
+    for p in _job(commands, tmp_path):
+        assert p.returncode == 3
+        assert "see different data" in p.stderr

@@ -171,6 +171,7 @@ def main() -> None:
     import numpy as np
 
     from unimed_jax import infer
+    from unimed_jax.data import pipeline
     from unimed_jax.evaluate import zeroshot
     from unimed_jax.models import clip, zoo
 
@@ -197,7 +198,7 @@ def main() -> None:
         jax.block_until_ready(z)
 
     def decode():
-        for _ in zeroshot.eval_batches(source, image_size=side, batch_size=args.batch, threads=threads):
+        for _ in pipeline.eval_batches(source, image_size=side, batch_size=args.batch, threads=threads):
             pass
 
     sides = {

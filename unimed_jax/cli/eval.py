@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,9 +82,10 @@ def run(argv: list[str]) -> int:
         for name, value in defaults.items():
             if getattr(args, name) != value:
                 raise UsageError(f"--{name} belongs to --data", "a suite has --sets and --prompts")
-        from unimed_jax.cli import suite
+        from unimed_jax.cli import job, suite
 
-        return suite.run(args)
+        with job.joined() as writes:
+            return suite.run(args, writes=writes)
     given = [f for f in _ONLY_SUITE if getattr(args, f) not in ("", [], False, 0, "own")]
     if given:
         raise UsageError(
@@ -92,7 +94,17 @@ def run(argv: list[str]) -> int:
     names = [s for s in args.sources.split(",") if s]
     if beyond:
         return frozen.run(args, lambda split: _sources(Path(args.data), split, names))
+    from unimed_jax.cli import job
+
+    with job.joined() as writes:
+        return _records(args, names, writes=writes)
+
+
+def _records(args: argparse.Namespace, names: list[str], *, writes: bool) -> int:
+    """Zero-shot tasks on records."""
     from unimed_jax.evaluate import calibration, report, zeroshot
+
+    out = Path(args.out)
 
     chosen = [zeroshot.load(name) for name in args.tasks.split(",") if name]
     calibrated = calibration.load(args.calibration) if args.calibration else None
@@ -120,6 +132,8 @@ def run(argv: list[str]) -> int:
             in_sample=args.in_sample,
             progress=progress,
         )
+    if not writes:
+        return 0
     found.save(out, force=args.force)
     if args.report:
         report.write(report.from_run(out), out / "report.html")

@@ -42,8 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-bad", type=int, default=0, metavar="N", help="pictures or rows that may fail, in all sets")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, *, writes: bool) -> int:
     """Evaluates and writes the results.
+
+    Args:
+        args: the flags.
+        writes: whether this process of a job writes them.
 
     Raises:
         UsageError: for a suite, set, option or prompt file that is none.
@@ -81,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
             first["remedy"],
         )
     done = _evaluate(args, found)
+    if not writes:
+        return _verdict(done, args.allow_bad, args.out)
+    done.save(args.out, force=args.force)
     if args.report:
         report.write(report.from_run(args.out), Path(args.out) / "report.html")
     print(json.dumps(done.json(), indent=1) if args.json else _table(done))
@@ -116,7 +123,6 @@ def _evaluate(args: argparse.Namespace, found: Collected) -> SuiteResults:
         )
     if not done.sets:
         raise DataError("no data set has a picture that can be read", done.failed[-1]["reason"])
-    done.save(args.out, force=args.force)
     return done
 
 

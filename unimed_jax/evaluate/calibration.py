@@ -23,6 +23,7 @@ from unimed_jax.evaluate.metrics import Value
 from unimed_jax.vectors import log_softmax
 
 FORMAT, VERSION = "unimed_jax.calibration", 1
+RANGE = (0.01, 100.0)  # of a temperature
 SAME_SHARE = 0.05  # of the evaluated records may have been fitted on
 
 Figures = dict[str, dict[str, Value]]  # figure -> before, after, change
@@ -52,7 +53,13 @@ class Temperature:
 
     def text(self) -> str:
         """One line."""
-        return f"temperature {self.temperature:.3f} from {self.n} records of {self.subjects} subjects"
+        limit = ", at its limit: the scores say almost nothing about the labels" if self.at_limit else ""
+        return f"temperature {self.temperature:.3f} from {self.n} records of {self.subjects} subjects{limit}"
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether an even larger temperature would fit better."""
+        return self.temperature > 0.999 * RANGE[1]
 
     def json(self) -> dict[str, Any]:
         """A plain dict."""

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from unimed_jax.errors import DataError
 from unimed_jax.evaluate import multilabel, tallies
-from unimed_jax.evaluate.calibration import Figures, Platt, Temperature, fingerprints
+from unimed_jax.evaluate.calibration import RANGE, Figures, Platt, Temperature, fingerprints
 from unimed_jax.evaluate.metrics import interval
 from unimed_jax.vectors import log_softmax
 
@@ -20,7 +20,6 @@ MIN_RECORDS = 30  # to fit a temperature
 MIN_SIDE = 10  # records with and without a finding, to fit its scale and offset
 FOLDS = 5
 FIGURES = ("ece", "nll", "brier")
-_RANGE = (0.01, 100.0)  # of a temperature
 
 
 def fit_temperature(
@@ -78,7 +77,7 @@ def _temperature(log_p: np.ndarray, labels: np.ndarray) -> float:
 
     rows = np.arange(len(labels))
     loss = lambda t: -log_softmax(log_p / np.exp(t))[rows, labels].mean()
-    found = minimize_scalar(loss, bounds=np.log(_RANGE), method="bounded", options={"xatol": 1e-6})
+    found = minimize_scalar(loss, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))  # type: ignore[attr-defined]
 
 

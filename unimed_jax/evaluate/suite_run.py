@@ -8,14 +8,12 @@ and left out. Then each set is a matrix product.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
@@ -23,6 +21,7 @@ from PIL import Image
 from unimed_jax.data import medical
 from unimed_jax.errors import DataError, UnimedError, UsageError
 from unimed_jax.evaluate import (
+    batches,
     calibration,
     findings_results,
     layouts,
@@ -37,7 +36,6 @@ from unimed_jax.evaluate.findings_results import FindingsResult
 from unimed_jax.evaluate.results import TaskResult
 from unimed_jax.evaluate.suite_results import SetResult, SuiteResults
 from unimed_jax.infer import Loaded
-from unimed_jax.vectors import unit
 
 PROTOCOLS = ("own", "reference")
 _REFERENCE = {  # our metric -> the original's name
@@ -153,6 +151,13 @@ def evaluate(
         for row in r.table.rows:
             pictures.setdefault((row.path, row.frame), len(pictures))
     arrays = {r.table.rows[0].path: r.table.array for r in collected.ready if r.table.array is not None}
+    batches.agree(
+        [
+            f"{r.data_set.name} {row.key} {row.label} {row.findings}"
+            for r in collected.ready
+            for row in r.table.rows
+        ]
+    )
     prompts = zeroshot.prompt_embeddings(loaded, [r.task for r in collected.ready])
     z, errors = _embed(loaded, list(pictures), arrays, threads, progress)
     sources = {collected.suite.name: {"split": "test", "records": len(pictures)}}
@@ -301,31 +306,6 @@ def _embed(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Float[np.ndarray, "n d"], dict[int, str]]:
     """Unit embeddings of all pictures, and number -> reason of those that cannot be read."""
-    out = np.zeros((len(pictures), loaded.cfg.embed_dim), np.float32)
-    errors: dict[int, str] = {}
-    done = 0
-    for vectors, ids, reasons in _batches(loaded, pictures, arrays, threads):
-        ids, vectors = np.asarray(ids), np.asarray(vectors)
-        real = ids >= 0
-        out[ids[real]] = vectors[real]
-        # Every process learns which pictures failed anywhere; only the one that read it knows why.
-        for n in (-2 - ids[ids < -1]).tolist():
-            errors[n] = reasons.get(n, "cannot be read (see the process that read it)")
-        done += int((ids != -1).sum())
-        if progress:
-            progress(done, len(pictures))
-    return unit(out), errors
-
-
-def _batches(
-    loaded: Loaded, pictures: Sequence[_Key], arrays: Mapping[Path, np.ndarray], threads: int
-) -> Iterator[tuple[Any, Any, dict[int, str]]]:
-    """Global batches as (embeddings, ids, reasons), one ahead of the reader.
-
-    An id is the picture's number, -1 for padding, -2 - number for a picture that cannot be read.
-    """
-    processes = sorted({d.process_index for d in loaded.mesh.devices.flat})
-    size, mine = loaded.batch_size // len(processes), processes.index(jax.process_index())
 
     def read(number: int) -> np.ndarray | str:
         path, frame = pictures[number]
@@ -334,29 +314,4 @@ def _batches(
         except UnimedError as e:
             return e.cause
 
-    starts = range(mine * size, len(pictures), size * len(processes))
-    steps = -(-len(pictures) // loaded.batch_size)
-    waiting = None
-    with ThreadPoolExecutor(threads, thread_name_prefix="suite-read") as pool:
-        queue: list[list[Any]] = []
-        parts = [range(s, min(s + size, len(pictures))) for s in starts]
-        parts += [range(0)] * (steps - len(parts))
-        for step in range(steps):
-            while len(queue) < 2 and step + len(queue) < steps:
-                queue.append([pool.submit(read, n) for n in parts[step + len(queue)]])
-            image = np.zeros((size, loaded.image_size, loaded.image_size, 3), np.uint8)
-            ids = np.full(size, -1, np.int32)
-            reasons: dict[int, str] = {}
-            for row, (n, future) in enumerate(zip(parts[step], queue.pop(0), strict=True)):
-                found = future.result()
-                ids[row] = -2 - n if isinstance(found, str) else n
-                if isinstance(found, str):
-                    reasons[n] = found
-                else:
-                    image[row] = found
-            ahead = (*loaded.encode_rows(image, ids), reasons)
-            if waiting:
-                yield waiting
-            waiting = ahead
-    if waiting:
-        yield waiting
+    return batches.embed(loaded, len(pictures), read, threads=threads, progress=progress)

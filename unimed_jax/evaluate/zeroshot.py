@@ -12,21 +12,21 @@ import dataclasses
 import datetime
 import io
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
 from unimed_jax import __version__
 from unimed_jax.data import images
-from unimed_jax.data.pipeline import eval_batches
+from unimed_jax.data.blocks import blaming, read_record
 from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import (
+    batches,
     calibration,
     calibration_fit,
     findings_results,
@@ -38,7 +38,7 @@ from unimed_jax.evaluate import (
 from unimed_jax.evaluate.results import Prediction, Results, TaskResult
 from unimed_jax.infer import Loaded
 from unimed_jax.train import run_folder
-from unimed_jax.vectors import class_scores, ensemble, unit
+from unimed_jax.vectors import class_scores, ensemble
 
 THUMBNAIL = 176  # pixels
 Wanted = str | Path | tasks.Task | multilabel.Findings
@@ -134,6 +134,7 @@ def evaluate(
     }
     union = sorted(set().union(*(indices for indices, _ in picked.values())))
     place = {index: row for row, index in enumerate(union)}
+    batches.agree([f"{facts[i].key} {facts[i].labels}" for i in union])
     prompts = prompt_embeddings(loaded, chosen)
     embeddings = embed(loaded, pool, union, threads=threads, progress=progress)
     out = Results(**heading(loaded, describe(pool, len(union)), resamples, seed, calibrated), tasks=[])
@@ -220,41 +221,24 @@ def embed(
     Raises:
         DataError: for a record that cannot be read.
     """
-    out = np.zeros((len(indices), loaded.cfg.embed_dim), np.float32)
-    for z, rows, count in _batches(loaded, pool, indices, threads):
-        rows = np.asarray(rows)
-        real = rows >= 0
-        out[rows[real]] = np.asarray(z)[real]
-        if progress:
-            progress(min(count, len(indices)), len(indices))
-    return unit(out)
+    alone = len(batches.processes(loaded)) == 1
+    name = getattr(pool, "name", "records")
 
+    def read(row: int) -> np.ndarray | str:
+        index = int(indices[row])
+        try:
+            example = read_record(pool, index, name)
+            with blaming(pool, index, name, example.key):
+                return images.eval_image(example.image, loaded.image_size)
+        except DataError as e:
+            if alone:
+                raise
+            return e.line()  # its peers wait for this process: all of them refuse at the end
 
-def _batches(
-    loaded: Loaded, pool: Any, indices: Sequence[int], threads: int
-) -> Iterator[tuple[Any, Any, int]]:
-    """Global batches as (embeddings, rows of the result or -1, records so far), one batch ahead of the reader."""
-    processes = sorted({d.process_index for d in loaded.mesh.devices.flat})
-    size, mine = loaded.batch_size // len(processes), processes.index(jax.process_index())
-    n = -(-len(indices) // loaded.batch_size) * loaded.batch_size
-    rows = np.full(n, -1)
-    rows[: len(indices)] = np.arange(len(indices))
-    rows = rows.reshape(-1, len(processes), size)[
-        :, mine
-    ].ravel()  # what this process decodes, batch after batch
-    own = [int(indices[max(r, 0)]) for r in rows]
-    waiting = None
-    batches = eval_batches(pool, image_size=loaded.image_size, batch_size=size, indices=own, threads=threads)
-    for step, (pixels, _, _) in enumerate(batches):
-        ahead = (
-            *loaded.encode_rows(pixels, rows[step * size : (step + 1) * size]),
-            (step + 1) * loaded.batch_size,
-        )
-        if waiting:
-            yield waiting
-        waiting = ahead
-    if waiting:
-        yield waiting
+    z, errors = batches.embed(loaded, len(indices), read, threads=threads, progress=progress)
+    for why in errors.values():
+        raise DataError(why)
+    return z
 
 
 def prompt_embeddings(

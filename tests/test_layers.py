@@ -20,6 +20,7 @@ ROWS = [
     ["evaluate.embed", "evaluate.inputs", "evaluate.search", "evaluate.streams", "evaluate.overlap"],
     [
         *("evaluate.suite_run", "evaluate.frozen", "evaluate.zeroshot", "evaluate.references"),
+        "evaluate.batches",
         *("evaluate.predict", "evaluate.question", "evaluate.truth"),
     ],
     ["conversion", "saliency"],

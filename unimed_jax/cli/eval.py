@@ -1,4 +1,4 @@
-"""`unimed-jax eval`: zero-shot evaluation on records, on a suite (cli/suite.py), or beyond it (cli/frozen.py)."""
+"""`unimed-jax eval`: zero-shot on records, on a suite (cli/suite.py), or beyond classes (cli/embedding_tasks.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ONLY_SUITE = (
 
 
 def _parser() -> Parser:
-    from unimed_jax.cli import frozen, suite
+    from unimed_jax.cli import embedding_tasks, suite
     from unimed_jax.evaluate import multilabel, tasks
 
     parser = Parser("unimed-jax eval", description="Zero-shot classification with 95 % intervals by subject.")
@@ -56,16 +56,16 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
     parser.add_argument("--force", action="store_true", help="replace existing results")
     suite.add_arguments(parser)
-    frozen.add_arguments(parser)
+    embedding_tasks.add_arguments(parser)
     return parser
 
 
 def run(argv: list[str]) -> int:
     """Evaluates and writes the results; refusals propagate as UnimedError."""
-    from unimed_jax.cli import frozen
+    from unimed_jax.cli import embedding_tasks
 
     args = _parser().parse(argv)
-    beyond = frozen.wanted(args)
+    beyond = embedding_tasks.wanted(args)
     if args.ci < 0 or args.batch_size < 1 or args.threads < 1:
         raise UsageError("--ci must be at least 0, --batch-size and --threads at least 1")
     out = Path(args.out)
@@ -93,7 +93,7 @@ def run(argv: list[str]) -> int:
         )
     names = [s for s in args.sources.split(",") if s]
     if beyond:
-        return frozen.run(args, lambda split: _sources(Path(args.data), split, names))
+        return embedding_tasks.run(args, lambda split: _sources(Path(args.data), split, names))
     from unimed_jax.cli import job
 
     with job.joined() as writes:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, sources: Callable[[str], list[Any]]) -> int:
 
     Raises:
         UsageError: for values that are none, or a file that exists.
-        DataError: see `evaluate.frozen`.
+        DataError: see `evaluate.embedding_tasks`.
     """
     from unimed_jax.data import files
     from unimed_jax.evaluate import tasks
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, sources: Callable[[str], list[Any]]) -> int:
 
     from unimed_jax import config, infer, parallel
     from unimed_jax.cli.progress import Progress
-    from unimed_jax.evaluate import frozen
+    from unimed_jax.evaluate import embedding_tasks
 
     mesh = parallel.make_mesh(config.Mesh())
     model = infer.load(args.model, mesh=mesh, batch_size=args.batch_size, dtype=args.dtype)
@@ -84,9 +84,9 @@ def run(args: argparse.Namespace, sources: Callable[[str], list[Any]]) -> int:
     with Progress("embed", "img") as progress:
         options = {"resamples": args.ci, "threads": args.threads, "progress": progress}
         if task is None:
-            found = frozen.retrieve(model, splits["test"], seed=args.seed, **options)
+            found = embedding_tasks.retrieve(model, splits["test"], seed=args.seed, **options)
         else:
-            found = frozen.probe_task(model, splits, task, **budgets, **options)
+            found = embedding_tasks.probe_task(model, splits, task, **budgets, **options)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(out, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, sources: Callable[[str], list[Any]]) -> int:
     if args.json:
         print(out.read_text("utf-8").rstrip())
         return 0
-    print(frozen.table(found))
+    print(embedding_tasks.table(found))
     print(f"wrote   {out}")
     print("note    research use only, not a medical device")
     return 0

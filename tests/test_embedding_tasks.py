@@ -16,7 +16,7 @@ from unimed_jax.data.export import export
 from unimed_jax.data.phantom import Phantom
 from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import frozen, probe, retrieval, tasks
+from unimed_jax.evaluate import embedding_tasks, probe, retrieval, tasks
 
 
 class Records(list):
@@ -43,7 +43,7 @@ def embedded(m: infer.Loaded, records: list[Example]) -> np.ndarray:
 
 def test_retrieval_pairs_each_picture_with_its_captions(tiny, phantom):
     records = phantom["test"]
-    found = frozen.retrieve(tiny, records, resamples=20)
+    found = embedding_tasks.retrieve(tiny, records, resamples=20)
     pairs = [(e, c.text) for e in records for c in e.captions]
     z = embedded(tiny, [e for e, _ in pairs])
     expected = retrieval.evaluate(
@@ -70,17 +70,17 @@ def test_records_without_a_caption_are_left_out_and_counted(tiny, phantom):
 
     some = Records(phantom["test"][:10])
     some[3] = dataclasses.replace(some[3], captions=())
-    found = frozen.retrieve(tiny, some, resamples=0)
+    found = embedding_tasks.retrieve(tiny, some, resamples=0)
     assert found["without_caption"] == 1
     assert found["image_to_text"]["queries"] == 9
     with pytest.raises(DataError, match="none of 1 records of list has a caption"):
-        frozen.retrieve(tiny, Records([some[3]]))
+        embedding_tasks.retrieve(tiny, Records([some[3]]))
 
 
 def test_the_probe_learns_what_the_embeddings_hold(tiny, phantom):
     task = tasks.load("phantom_modality")
     options = {"fractions": (1.0,), "shots": (2,), "seeds": (0, 1), "resamples": 20}
-    found = frozen.probe_task(tiny, phantom, task, **options)
+    found = embedding_tasks.probe_task(tiny, phantom, task, **options)
     names = list(task.classes)
     splits = [
         probe.Split(
@@ -106,13 +106,13 @@ def test_the_probe_learns_what_the_embeddings_hold(tiny, phantom):
 
 def test_without_a_validation_split_training_subjects_choose_c(tiny, phantom):
     parts = {k: phantom[k] for k in ("train", "test")}
-    found = frozen.probe_task(tiny, parts, "phantom_modality", fractions=(1.0,), resamples=0)
+    found = embedding_tasks.probe_task(tiny, parts, "phantom_modality", fractions=(1.0,), resamples=0)
     sizes = found["settings"]["records"]
     assert found["settings"]["validation"] == "20% of the training subjects of each class"
     assert sizes["train"] + sizes["val"] == len(phantom["train"])
     assert found["runs"][0]["n_train"] == sizes["train"]
     labels, groups = np.array([0] * 20 + [1] * 6), [*np.arange(20) // 2, *[50 + i // 2 for i in range(6)]]
-    away = frozen.hold_out(labels, groups)
+    away = embedding_tasks.hold_out(labels, groups)
     assert np.bincount(labels[away]).tolist() == [4, 2]
     assert not {groups[i] for i in np.flatnonzero(away)} & {groups[i] for i in np.flatnonzero(~away)}
 
@@ -175,7 +175,7 @@ def test_flags_that_do_not_fit_are_refused(home, words, message):
 def test_too_few_records_are_refused_before_anything_is_embedded(tiny, phantom, monkeypatch):
     monkeypatch.setattr(tiny, "encode_rows", None)
     with pytest.raises(DataError, match="training records, 1000 are asked for"):
-        frozen.probe_task(tiny, phantom, "phantom_modality", shots=(1, 1000))
+        embedding_tasks.probe_task(tiny, phantom, "phantom_modality", shots=(1, 1000))
 
 
 def test_the_same_subjects_on_both_sides_are_refused(home):

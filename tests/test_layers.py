@@ -19,7 +19,7 @@ ROWS = [
     ["train.loop", "train.plan", "train.finish", "evaluate.report", "evaluate.plots"],
     ["evaluate.embed", "evaluate.inputs", "evaluate.search", "evaluate.streams", "evaluate.overlap"],
     [
-        *("evaluate.suite_run", "evaluate.frozen", "evaluate.zeroshot", "evaluate.references"),
+        *("evaluate.suite_run", "evaluate.embedding_tasks", "evaluate.zeroshot", "evaluate.references"),
         "evaluate.batches",
         *("evaluate.predict", "evaluate.question", "evaluate.truth"),
     ],

@@ -14,7 +14,15 @@ from sklearn import metrics as oracle
 
 from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import calibrate, multilabel, multilabel_metrics, stored, tasks, zeroshot
+from unimed_jax.evaluate import (
+    calibrate,
+    findings_truth,
+    multilabel,
+    multilabel_metrics,
+    stored,
+    tasks,
+    zeroshot,
+)
 
 PAIRS = {
     "effusion": {"positive": ["effusion"], "negative": ["no effusion", "clear"]},
@@ -129,14 +137,14 @@ def test_truth_is_present_absent_or_unknown_and_gaps_are_stated():
         ("plane:axial",),
         ("finding:device",),
     )
-    picked, truth = multilabel.select(t, rows)
+    picked, truth = findings_truth.select(t, rows)
     assert picked == [0, 1, 2]
     assert truth.truth.tolist() == [[1, -1], [0, 0], [0, -1]]
     assert truth.notes == (
         "1 findings that records do not list count as unknown",
         "2 records without any label of the task are left out",
     )
-    _, closed = multilabel.select(dataclasses.replace(t, unlisted="absent"), rows)
+    _, closed = findings_truth.select(dataclasses.replace(t, unlisted="absent"), rows)
     assert closed.truth.tolist() == [[1, -1], [0, 0], [0, 0]]
     assert "count as absent" in closed.notes[0]
 
@@ -144,13 +152,15 @@ def test_truth_is_present_absent_or_unknown_and_gaps_are_stated():
 def test_labels_that_contradict_or_are_no_finding_are_refused():
     t = task(absent="labels:no", none=("normal",))
     with pytest.raises(DataError, match="says two things about 'nodule'"):
-        multilabel.select(t, records(("finding:nodule", "no:nodule")))
+        findings_truth.select(t, records(("finding:nodule", "no:nodule")))
     with pytest.raises(DataError, match="says that it has none"):
-        multilabel.select(t, records(("finding:nodule", "finding:normal")))
+        findings_truth.select(t, records(("finding:nodule", "finding:normal")))
     with pytest.raises(DataError, match="no finding: 'Nodule' x2, 'mass' x1"):
-        multilabel.select(t, records(("finding:Nodule",), ("finding:Nodule", "finding:mass")))
+        findings_truth.select(t, records(("finding:Nodule",), ("finding:Nodule", "finding:mass")))
     with pytest.raises(DataError, match="none of 1 records"):
-        multilabel.select(dataclasses.replace(t, where={"modality": ("CT",)}), records(("finding:nodule",)))
+        findings_truth.select(
+            dataclasses.replace(t, where={"modality": ("CT",)}), records(("finding:nodule",))
+        )
 
 
 # ---- scores

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from unimed_jax.evaluate import calibration, calibration_fit, multilabel, multilabel_metrics, tallies
+from unimed_jax.evaluate import (
+    calibration,
+    calibration_fit,
+    findings_truth,
+    multilabel,
+    multilabel_metrics,
+    tallies,
+)
 from unimed_jax.evaluate.metrics import TITLES, Value
 
 FILE = "findings.csv"
@@ -104,7 +111,7 @@ class FindingsResult:
 def score(
     task: multilabel.Findings,
     keys: Sequence[str],
-    truth: multilabel.Truth,
+    truth: findings_truth.Truth,
     groups: Sequence[str],
     z: Float[np.ndarray, "n d"],
     prompts: Mapping[str, Float[np.ndarray, "d"]],

@@ -21,7 +21,7 @@ import numpy as np
 from unimed_jax.data import medical, tables
 from unimed_jax.data.files import file_sha256
 from unimed_jax.errors import DataError, UnimedError, did_you_mean
-from unimed_jax.evaluate import multilabel
+from unimed_jax.evaluate import findings_truth
 from unimed_jax.evaluate.suites import DataSet, Layout
 
 _SHOWN = 5  # of a list, in a message
@@ -186,8 +186,8 @@ def _findings(s: DataSet, cells: Sequence[str], place: str, strange: dict[str, l
     """
     y = s.layout
     if not y.separator:
-        return tuple(multilabel.of_cell(c, y.blank) for c in cells)
-    found, others = multilabel.of_list(cells[0], y.separator, s.labels, len(s.classes), y.none, y.blank)
+        return tuple(findings_truth.of_cell(c, y.blank) for c in cells)
+    found, others = findings_truth.of_list(cells[0], y.separator, s.labels, len(s.classes), y.none, y.blank)
     for name in others:
         if name not in y.ignore:
             strange.setdefault(name, []).append(place)

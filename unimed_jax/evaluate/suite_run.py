@@ -24,6 +24,7 @@ from unimed_jax.evaluate import (
     batches,
     calibration,
     findings_results,
+    findings_truth,
     layouts,
     metrics,
     multilabel,
@@ -187,7 +188,7 @@ def evaluate(
         labels = np.array([row.label for row in rows], np.int64)
         try:
             if isinstance(r.task, multilabel.Findings):
-                truth = multilabel.Truth(np.array([row.findings for row in rows], np.int8))
+                truth = findings_truth.Truth(np.array([row.findings for row in rows], np.int8))
                 out.add(_result(r, findings_results.score(r.task, keys, truth, groups, *how), lost))
                 continue
             found = zeroshot.score(r.task, keys, labels, groups, *how)

@@ -30,6 +30,7 @@ from unimed_jax.evaluate import (
     calibration,
     calibration_fit,
     findings_results,
+    findings_truth,
     metrics,
     multilabel,
     tallies,
@@ -176,7 +177,7 @@ def load(wanted: Wanted) -> tasks.Task | multilabel.Findings:
 def _truth(t: tasks.Task | multilabel.Findings, facts: dict[int, Example]) -> tuple[list[int], Any]:
     """Which records a task has, and their classes, or what is known of their findings."""
     if isinstance(t, multilabel.Findings):
-        return multilabel.select(t, facts)
+        return findings_truth.select(t, facts)
     picked = tasks.select(t, facts)
     return list(picked), np.array(list(picked.values()), np.int64)
 

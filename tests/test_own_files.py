@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,18 @@ def one_printable_line(error: pytest.ExceptionInfo) -> None:
     line = error.value.line()
     assert line.isprintable()
     assert len(line) < 2500
+
+
+def reads_or_refuses(act: Callable[[], object]) -> None:
+    """Runs it; a refusal is one printable line of bounded length."""
+    try:
+        act()
+    except DataError as e:
+        line = e.line()
+    else:
+        return
+    assert line.isprintable(), line
+    assert len(line) < 2500, line
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +162,17 @@ def test_any_value_in_a_model_folders_config_is_read_or_refused_in_one_line(fold
     assert len(specs) > 250
     for other in specs:
         (copied / "config.json").write_text(json.dumps(other))
-        try:
-            model_folder.read_tokenizer(copied)  # reads the config, and no weights
-        except DataError as e:
-            line = e.line()
-            assert line.isprintable() and len(line) < 2500, line  # noqa: PT018
+        reads_or_refuses(lambda: model_folder.read_tokenizer(copied))  # reads the config, and no weights
+    cfg = config.Train()
+    cfg.model, cfg.init.text = small_model.model(), str(copied)
+    params = small_model.params(cfg.model)
+    for other in damaged(spec, ("model", "tokenizer"))[::3]:
+        (copied / "config.json").write_text(json.dumps(other))
+        for start in (
+            lambda: native.init_from(cfg, params),
+            lambda: native.refuse_other_tokenizer(cfg, spec["tokenizer"]["digest"]),
+        ):
+            reads_or_refuses(start)
     for part in ("weights", "tokenizer"):
         for value in (5, "abc", [1], {"sha256": 5}):
             (copied / "config.json").write_text(json.dumps(spec | {part: value}))

@@ -208,6 +208,7 @@ def _native_part(file: str, path: Path, parts: tuple[str, ...], m: config.Model)
     if not any(k.startswith(("vision/", "text/")) for k in leaves):
         return None
     theirs = settings.get("model", {})
+    source.settings(config.Model, theirs, f"{file}: model")
     for tower in parts:
         _refuse_other_meaning(file, tower, theirs.get(tower, {}), m, extra=("pool",))
     return _chosen(leaves, parts)
@@ -249,8 +250,8 @@ def _refuse_other_meaning(
     for name in (*_SEMANTIC[tower], *extra):
         if name in theirs and theirs[name] != ours[name]:
             raise DataError(
-                f"{file} was made for {tower}.{name} {theirs[name]!r}, the model has {ours[name]!r}",
-                f"set model.{tower}.{name} to {theirs[name]!r}",
+                f"{file} was made for {tower}.{name} {theirs[name]!r:.90}, the model has {ours[name]!r}",
+                f"set model.{tower}.{name} to {theirs[name]!r:.90}",
             )
 
 

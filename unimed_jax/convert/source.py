@@ -238,7 +238,7 @@ def tower_meta(header: Mapping[str, str], where: str) -> dict[str, Any]:
         raise DataError(f"{where} has a header that is no table: {shown(meta)}", "save it again")
     for tower, kind in (("vision", config.Vision), ("text", config.Text)):
         if tower in meta:
-            part = _settings(kind, meta[tower], f"{where}: {tower}")
+            part = settings(kind, meta[tower], f"{where}: {tower}")
             meta[tower] = {k: getattr(part, k) for k in meta[tower]}
     return meta
 
@@ -277,11 +277,15 @@ def _is_fact(value: Any) -> bool:
 
 def _embedded(spec: dict[str, Any], where: str) -> configs.Hints:
     """The architecture that our own `.pt` files carry beside the state dict."""
-    return architecture.flat(_settings(config.Model, spec, f"{where}: unimed_jax.model"))
+    return architecture.flat(settings(config.Model, spec, f"{where}: unimed_jax.model"))
 
 
-def _settings(kind: type, spec: Any, where: str) -> Any:
-    """A part of an architecture from a file, every field known and of its type."""
+def settings(kind: type, spec: Any, where: str) -> Any:
+    """A part of an architecture from a file, every field known and of its type.
+
+    Raises:
+        DataError: for any other.
+    """
     try:
         return config.from_dict(kind, spec, where=where)
     except UsageError as e:  # the file is wrong, not the request

@@ -298,3 +298,18 @@ def test_the_installed_command(phantom):
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_range_of_shards(raw, tmp_path, capsys):
+    captions = table(raw, GOOD)
+    build = ("build", "folder", "--raw", str(raw), "--captions", str(captions), "--out", str(tmp_path / "o"))
+    code, out, _ = outcome(capsys, *build, "--shard-range", "0:1")
+    assert code == 0
+    assert out.startswith("folder: 1 of 2 shards are written\n")
+    for wrong in ("1", "a:b", "1:2:3"):
+        code, _, err = outcome(capsys, *build, "--shard-range", wrong)
+        assert (code, "is no range" in err) == (2, True)
+    assert outcome(capsys, *build, "--shard-range", "0:1", "--force")[0] == 2
+    code, out, _ = outcome(capsys, *build)
+    assert code == 0
+    assert "train 2, test 1" in out or "test 1, train 2" in out

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from unimed_jax.data import images, limits, lock, record, shards, validate, verify
-from unimed_jax.data.export import default_shards, export
+from unimed_jax.data.export import default_shards, export, write_range
 from unimed_jax.data.record import Caption, Example
 from unimed_jax.data.shards import Manifest, Shards, find_sources
 from unimed_jax.data.sources.folder import Folder
@@ -610,6 +610,36 @@ def _group_alive(group):
         if int(fields[2]) == group and fields[0] != "Z":
             return True
     return False
+
+
+def test_ranges_of_several_machines_are_one_export(source, tokenizer, exported, tmp_path):
+    assert write_range(source, tmp_path, 2, 5, shards=3, tokenizer=tokenizer) == (3, 6)
+    assert write_range(source, tmp_path, 5, 99, shards=3, tokenizer=tokenizer, workers=2) == (4, 6)
+    assert find_sources(tmp_path) == {}  # nothing looks finished
+    assert not list((tmp_path / "demo" / "1.0.0").glob(".lock*"))
+    assert write_range(source, tmp_path, 0, 1, shards=3, tokenizer=tokenizer) == (5, 6)
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("unimed-*")}
+    export(source, tmp_path, shards=3, tokenizer=tokenizer)
+    assert digests(tmp_path) == digests(exported)
+    assert all(p.stat().st_mtime_ns == t for p, t in times.items())  # it wrote the missing one only
+    with pytest.raises(DataError, match="finished export"):
+        write_range(source, tmp_path, 0, 1, shards=3, tokenizer=tokenizer)
+
+
+def test_ranges_that_meet_are_refused(source, tmp_path):
+    folder = tmp_path / "demo" / "1.0.0"
+    folder.mkdir(parents=True)
+    with lock.held(folder / ".lock-unimed-test.array_record-00001-of-00003"):
+        with pytest.raises(DataError, match=rf"00001-of-00003 is held by process {os.getpid()}"):
+            write_range(source, tmp_path, 0, 2, shards=3)
+        with pytest.raises(DataError, match="00001-of-00003 is held by"):
+            export(source, tmp_path, shards=3)
+        assert write_range(source, tmp_path, 2, 3, shards=3) == (1, 6)
+    with lock.held(folder / ".lock"), pytest.raises(DataError, match="is held by process"):
+        write_range(source, tmp_path, 0, 2, shards=3)
+    for first, last in ((6, 9), (2, 2), (3, 1), (-1, 2)):
+        with pytest.raises(UsageError, match=f"shards {first}:{last} are none of 6"):
+            write_range(source, tmp_path, first, last, shards=3)
 
 
 def test_two_exporters_at_once(source, script, tmp_path):

@@ -14,6 +14,7 @@ from unimed_jax.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from unimed_jax.data.record import Example
+    from unimed_jax.data.shards import RecordSource
 
 
 def _parser() -> Parser:
@@ -64,6 +65,12 @@ def _add_export_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", required=True, help="root folder of all sources; written to OUT/SOURCE/1.0.0")
     verb.add_argument("--shards", type=int, help="files a split (default: by size)")
     verb.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    verb.add_argument(
+        "--shard-range",
+        default="",
+        metavar="A:B",
+        help="write these shards only; the last call leaves it out",
+    )
     verb.add_argument("--tokenizer", help="counts tokens; tokenizer.json, vocab.txt or a folder with one")
     verb.add_argument("--max-bad", type=float, help="share of items that may be rejected (default: 0.001)")
     verb.add_argument(
@@ -116,6 +123,8 @@ def _build(args: argparse.Namespace) -> int:
     if (prepare := getattr(source, "prepare", None)) is not None:  # minimed fetches its packages
         prepare(lambda line: print(line, file=sys.stderr, flush=True))
     max_bad = limits.MAX_BAD_SHARE if args.max_bad is None else args.max_bad
+    if args.shard_range:
+        return _build_range(args, source)
     with _Progress() as progress:
         manifest = export.export(
             source,
@@ -133,6 +142,35 @@ def _build(args: argparse.Namespace) -> int:
     notes = "".join(f"; {what}: {n}" for what, n in card.caption_notes(manifest).items())
     print(f"{manifest.source}: {splits} records; rejected: {rejects}{notes}")
     print(f"in {Path(args.out) / manifest.source / manifest.version}")
+    return 0
+
+
+def _build_range(args: argparse.Namespace, source: RecordSource) -> int:
+    """Writes some shards, which `data build` without the range completes."""
+    from unimed_jax.data import export, text
+
+    first, colon, last = args.shard_range.partition(":")
+    if not colon or not first.isdecimal() or not last.isdecimal():
+        raise UsageError(f"--shard-range {args.shard_range!r} is no range", "e.g. 0:16 for the first sixteen")
+    given = [flag for flag, value in (("--force", args.force), ("--max-bad", args.max_bad)) if value]
+    if given:
+        raise UsageError(
+            f"{given[0]} belongs to the whole export", "leave it to the call without --shard-range"
+        )
+    with _Progress() as progress:
+        done, total = export.write_range(
+            source,
+            args.out,
+            int(first),
+            int(last),
+            shards=args.shards,
+            workers=args.workers,
+            tokenizer=text.Tokenizer(args.tokenizer) if args.tokenizer else None,
+            steal=args.steal,
+            progress=progress,
+        )
+    print(f"{source.name}: {done} of {total} shards are written")
+    print("the same command without --shard-range writes what is missing, and the manifest")
     return 0
 
 

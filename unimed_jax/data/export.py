@@ -7,6 +7,7 @@ continued by the same command. The manifest is written last.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from unimed_jax.data.writer import Job
 from unimed_jax.errors import DataError, UsageError
 
 _SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_LOCK = ".lock"
 _EARLY_STOP = 1000  # rejects after which a hopeless export is not continued just to list them all
 
 Progress = Callable[[int, int, int], None]
@@ -58,28 +60,93 @@ def export(
             finished export of other content (without `force`).
         UsageError: an impossible name or number.
     """
-    if not _SOURCE_NAME.fullmatch(source.name):
-        raise UsageError(f"{source.name!r} is no name for a source", "lower case letters, digits, - and _")
-    if workers < 1 or (shards is not None and shards < 1) or not 0 <= max_bad <= 1:
-        raise UsageError(f"workers is {workers}, shards {shards}, max_bad {max_bad}", "1 or more; 0 to 1")
+    if not 0 <= max_bad <= 1:
+        raise UsageError(f"max_bad is {max_bad}", "a share, 0 to 1")
     root = Path(out)
-    folder = root / source.name / VERSION
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise DataError(f"cannot create {folder} ({e.strerror})", "give a folder that can be written") from e
-    with lock.held(folder / ".lock", steal=steal):
+    folder = _folder(source, root, shards, workers)
+    with lock.held(folder / _LOCK, steal=steal):
         tokenizer = _tokenizer(root, tokenizer, force)
         jobs = plan(source, folder, shards, tokenizer)
         digest = _digest([source.licence, source.description, *(j.digest for j in jobs)])
         if (folder / MANIFEST).exists() and not force:
             return _unchanged(folder, digest)
         (folder / MANIFEST).unlink(missing_ok=True)
+        for job in jobs:
+            lock.clear(_shard_lock(job), steal=steal)
         sidecars = _write_all(source, jobs, workers, tokenizer, max_bad, force, progress)
         try:
             return _finalize(source, folder, jobs, sidecars, tokenizer, max_bad, digest)
         except OSError as e:
             raise writer.write_error(folder / MANIFEST, e) from e
+
+
+def write_range(
+    source: RecordSource,
+    out: str | os.PathLike[str],
+    first: int,
+    last: int,
+    *,
+    shards: int | None = None,
+    workers: int = 1,
+    tokenizer: Tokenizer | None = None,
+    steal: bool = False,
+    progress: Progress | None = None,
+) -> tuple[int, int]:
+    """Writes some shards of an export, so that machines that share `out` can write it together.
+
+    `export` with the same arguments then writes what is missing, and the manifest; until then nothing looks finished.
+
+    Args:
+        source: as of `export`, and so are the others below `last`.
+        out: root of all sources.
+        first: number of the first shard, counted over all splits in the order of their names.
+        last: number of the first shard that is left to others; beyond the end is the end.
+        shards: files a split.
+        workers: processes.
+        tokenizer: counts the tokens of every caption.
+        steal: take over locks of another machine's dead exporter.
+        progress: called after each shard.
+
+    Returns:
+        (finished shards, of anyone; all shards).
+
+    Raises:
+        UsageError: for a range without shards.
+        DataError: when another exporter writes one of them, or the export is finished; and as `export`.
+    """
+    root = Path(out)
+    folder = _folder(source, root, shards, workers)
+    tokenizer = _tokenizer(root, tokenizer, force=False)
+    jobs = plan(source, folder, shards, tokenizer)
+    mine = jobs[first:last] if 0 <= first < last else []
+    if not mine:
+        raise UsageError(f"shards {first}:{last} are none of {len(jobs)}", f"a range within 0:{len(jobs)}")
+    if (folder / MANIFEST).exists():
+        raise DataError(f"{folder} is a finished export", "unimed-jax data check verifies it")
+    lock.clear(folder / _LOCK, steal=steal)
+    with contextlib.ExitStack() as held:
+        for job in mine:
+            held.enter_context(lock.held(_shard_lock(job), steal=steal))
+        _write_all(source, mine, workers, tokenizer, 1.0, False, progress)
+    return sum(writer.finished(job) is not None for job in jobs), len(jobs)
+
+
+def _folder(source: RecordSource, root: Path, shards: int | None, workers: int) -> Path:
+    """The folder of an export, made."""
+    if not _SOURCE_NAME.fullmatch(source.name):
+        raise UsageError(f"{source.name!r} is no name for a source", "lower case letters, digits, - and _")
+    if workers < 1 or (shards is not None and shards < 1):
+        raise UsageError(f"workers is {workers}, shards {shards}", "1 or more")
+    folder = root / source.name / VERSION
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise DataError(f"cannot create {folder} ({e.strerror})", "give a folder that can be written") from e
+    return folder
+
+
+def _shard_lock(job: Job) -> Path:
+    return job.path.with_name(f".lock-{job.path.name}")
 
 
 def plan(source: RecordSource, folder: Path, shards: int | None, tokenizer: Tokenizer | None) -> list[Job]:

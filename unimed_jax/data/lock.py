@@ -31,7 +31,7 @@ def held(path: Path, *, steal: bool = False) -> Iterator[None]:
     me = {"host": socket.gethostname(), "pid": os.getpid()}
     fd = _create(path)
     while fd is None:
-        _clear(path, me["host"], steal)
+        clear(path, steal=steal)
         fd = _create(path)
     try:
         os.write(fd, json.dumps(me).encode())
@@ -66,8 +66,12 @@ def _is_at(path: Path, fd: int) -> bool:
         return False
 
 
-def _clear(path: Path, host: str, steal: bool) -> None:
-    """Removes the file if its owner is dead.
+def clear(path: Path, *, steal: bool = False) -> None:
+    """Removes a lock file if its owner is dead; one that is not there is fine.
+
+    Args:
+        path: the lock file.
+        steal: as of `held`.
 
     Raises:
         DataError: if the owner is alive, or may be.
@@ -82,7 +86,7 @@ def _clear(path: Path, host: str, steal: bool) -> None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise DataError(f"{path} is held by {owner}", "wait until it has finished") from None
-        if owner.rpartition(" on ")[2] not in (host, "?") and not steal:
+        if owner.rpartition(" on ")[2] not in (socket.gethostname(), "?") and not steal:
             raise DataError(
                 f"{path} was left by {owner}", "once you are sure that it is dead, run again with --steal"
             )

@@ -308,6 +308,16 @@ DAMAGE = {
     "no vocabulary": (specification(vocab=[["a", 0.0]], type="Unigram"), "is a 'Unigram' tokenizer"),
     "no model": ({"version": "1.0"}, "it has no model"),
     "a list": ([1, 2], "no JSON object"),
+    "no word for unknown ones": (specification(unk_token="zebra"), "'zebra', has no number"),
+    "an empty word for unknown ones": (specification(unk_token=""), "'', has no number"),
+    "CLIP's word for unknown ones": (
+        specification(type="BPE", merges=[], unk_token="zz"),
+        "'zz', has no number",
+    ),
+    "a long value that the library repeats": (
+        specification(max_input_chars_per_word="\x1b" * 100_000),
+        "invalid type: string",
+    ),
     "a panic of the library": (
         specification() | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
         "precompiled_charsmap",
@@ -349,6 +359,7 @@ def test_damaged_vocabularies_are_refused_before_the_library_crashes(tmp_path):
         assert str(path) in line, name
         assert words in line, name
         assert len(line) < 400, name
+        assert line.isprintable(), name
 
 
 def test_files_that_are_deep_or_large_once_unpacked_are_refused(tmp_path):

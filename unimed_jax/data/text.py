@@ -27,6 +27,7 @@ _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}
 _CLIP_MERGES = 49152 - 256 - 2  # merges of OpenAI's vocabulary file that its model uses
 _FILES = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
 _MAX_BYTES = 16 * 2**20  # of a tokenizer's file, unpacked; BERT's and CLIP's have up to 4 MB
+_MAX_REASON = 150  # characters of a library's words, which may repeat what it read
 _MAX_HOLES = 2**16  # numbers without a word; the library writes all of them out
 _SPACE = re.compile(r"\s+")
 _PLAIN = re.compile(r"[ -%'-~\t\n\r]*")  # printable ASCII without "&", which starts an entity
@@ -161,7 +162,8 @@ def _read(path: Path) -> Any:
 
 
 def _no_tokenizer(path: Path, why: str) -> DataError:
-    return DataError(f"{path} holds no tokenizer: {why}", f"give one of {', '.join(_FILES)}")
+    line = "".join(c if c.isprintable() else " " for c in why[:_MAX_REASON])
+    return DataError(f"{path} holds no tokenizer: {line}", f"give one of {', '.join(_FILES)}")
 
 
 def _bounded(path: Path) -> bytes:
@@ -202,6 +204,10 @@ def _specification(path: Path) -> dict[str, Any]:
             raise _no_tokenizer(
                 path, f"the number of {word!r:.40} is {number!r:.40}, not one of 0 to {limit - 1}"
             )
+    unknown = model.get("unk_token")
+    if isinstance(unknown, str) and unknown not in model["vocab"] and (unknown or model.get("type") != "BPE"):
+        # The library would find out at the first unknown word; byte-level vocabularies have none, and may say "".
+        raise _no_tokenizer(path, f"its word for unknown ones, {unknown!r:.40}, has no number")
     return spec
 
 

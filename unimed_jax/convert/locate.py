@@ -11,6 +11,7 @@ from typing import Any
 from unimed_jax import config, config_rules
 from unimed_jax.convert import configs, openclip_config
 from unimed_jax.convert.mapped import shown
+from unimed_jax.data.text import FILES
 from unimed_jax.errors import DataError, UsageError
 
 _NATIVE = "unimed_jax.model"
@@ -23,7 +24,6 @@ _HF_FILES = (
     "pytorch_model.bin.index.json",
 )
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-_TOKENIZERS = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,4 +153,4 @@ def _is_name(value: Any) -> bool:
 
 
 def _tokenizer(folder: Path) -> Path | None:
-    return next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
+    return next((folder / name for name in FILES if (folder / name).is_file()), None)

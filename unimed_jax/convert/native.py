@@ -19,21 +19,20 @@ import jax
 import numpy as np
 
 from unimed_jax import config
-from unimed_jax.convert import architecture, mapping, optimizer, positions, source, tensor_file
+from unimed_jax.convert import architecture, optimizer, positions, source, tensor_file
 from unimed_jax.convert.configs import read_json
 from unimed_jax.convert.mapped import shown
 from unimed_jax.convert.names import plain, some
 from unimed_jax.convert.tensor_file import read_with_metadata
 from unimed_jax.convert.tensor_writer import write_safetensors
 from unimed_jax.data import files
-from unimed_jax.data.text import Tokenizer
+from unimed_jax.data.text import FILES, Tokenizer
 from unimed_jax.errors import DataError, UnimedError
 from unimed_jax.models import clip, zoo
 
 FORMAT = "unimed_jax.tower"
 # Weight files that belong to the tokenizer in their folder; a file by another name may lie there by chance.
 _FOLDER_FILES = re.compile(r".*\.safetensors|(open_clip_)?pytorch_model(-\d+-of-\d+)?\.bin|.*\.index\.json")
-_TOKENIZERS = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
 # Settings that shapes do not show, but that change what the weights compute.
 _SEMANTIC = {
     "vision": ("patch_size", "heads", "act", "ln_pre", "ln_eps", "normalize"),
@@ -228,9 +227,9 @@ def _foreign_part(file: str, path: Path, parts: tuple[str, ...], m: config.Model
     wanted = replace(opened, tables={t: table for t, table in opened.tables.items() if t in parts})
     left: dict[str, str] = dict.fromkeys([t for t in opened.towers if t not in parts], "not asked for")
     for why in dict.fromkeys(opened.ignored.values()):
-        left[mapping.some([k for k, reason in opened.ignored.items() if reason == why])] = why
+        left[some([k for k, reason in opened.ignored.items() if reason == why])] = why
     if others := opened.facts.get("left_out"):
-        left[mapping.some(others)] = "no tensors of the model"
+        left[some(others)] = "no tensors of the model"
     leaves = dict(wanted.leaves())
     for name in architecture.SCALARS:
         if name in leaves and name not in parts:
@@ -395,7 +394,7 @@ def refuse_other_words(cfg: config.Train, tokenizer: Tokenizer) -> None:
     """
     for file, path, state in _text_sources(cfg):
         folder = path.parent if _FOLDER_FILES.fullmatch(path.name) else path
-        if state is not None or not any((folder / name).is_file() for name in _TOKENIZERS):
+        if state is not None or not any((folder / name).is_file() for name in FILES):
             continue
         theirs, ours = Tokenizer(folder).vocabulary(), tokenizer.vocabulary()
         other = sorted(w for w in theirs.keys() | ours.keys() if theirs.get(w) != ours.get(w))

@@ -25,7 +25,8 @@ _BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # How OpenAI's CLIP cuts text into words.
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_MERGES = 49152 - 256 - 2  # merges of OpenAI's vocabulary file that its model uses
-_FILES = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
+# Of a tokenizer; the first that is there is read.
+FILES = ("tokenizer.json", "vocab.txt", "bpe_simple_vocab_16e6.txt.gz")
 _MAX_BYTES = 16 * 2**20  # of a tokenizer's file, unpacked; BERT's and CLIP's have up to 4 MB
 _MAX_REASON = 150  # characters of a library's words, which may repeat what it read
 _MAX_HOLES = 2**16  # numbers without a word; the library writes all of them out
@@ -134,12 +135,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        for name in _FILES:
+        for name in FILES:
             if (path / name).is_file():
                 return path / name
-        raise DataError(f"{path} holds no tokenizer", f"put one of {', '.join(_FILES)} there")
+        raise DataError(f"{path} holds no tokenizer", f"put one of {', '.join(FILES)} there")
     if not path.is_file():
-        raise DataError(f"no tokenizer at {path}", f"give a folder or one of {', '.join(_FILES)}")
+        raise DataError(f"no tokenizer at {path}", f"give a folder or one of {', '.join(FILES)}")
     return path
 
 
@@ -163,7 +164,7 @@ def _read(path: Path) -> Any:
 
 def _no_tokenizer(path: Path, why: str) -> DataError:
     line = "".join(c if c.isprintable() else " " for c in why[:_MAX_REASON])
-    return DataError(f"{path} holds no tokenizer: {line}", f"give one of {', '.join(_FILES)}")
+    return DataError(f"{path} holds no tokenizer: {line}", f"give one of {', '.join(FILES)}")
 
 
 def _bounded(path: Path) -> bytes:

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import small_model
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 from unimed_jax.convert import outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "docs/data.md", "docs/evaluating.md", "docs/converting.md", "CONTRIBUTING.md"]
-# Run by `make`'s own test below, by CI itself, or not without a package index.
-ELSEWHERE = ("make ", "pip install", ".venv/bin/pre-commit")
+TUTORIALS = ["docs/tutorials/pod.md", "docs/tutorials/checkpoint.md", "docs/tutorials/study.md"]
+# Run by `make`'s own test below, by tests/test_demo.py (it never ends), by CI itself, or not without a package index.
+ELSEWHERE = ("make ", "pip install", ".venv/bin/pre-commit", "unimed-jax demo ")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 
 
@@ -57,6 +59,10 @@ def home(tmp_path_factory) -> Path:
         (folder / name).mkdir()
     for name in ("ct.png", "mri.png"):
         Image.fromarray(rng.integers(0, 255, (80, 90), np.uint8)).save(folder / "scans" / name)
+    (folder / "study").mkdir()
+    for name, test_file in (("ct.dcm", "CT_small.dcm"), ("mr.dcm", "MR_small.dcm")):
+        shutil.copy(str(get_testdata_file(test_file)), folder / "study" / name)
+    (folder / "study-truth.csv").write_text("file,label\nstudy/ct.dcm,CT\nstudy/mr.dcm,MR\n")
     (folder / "truth.csv").write_text("file,label\nscans/ct.png,CT\nscans/mri.png,MRI\n")
     with (folder / "images" / "captions.csv").open("w", newline="") as f:
         table = csv.writer(f)
@@ -92,11 +98,15 @@ def shorten(command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *TUTORIALS])
 def test_every_command_runs(page, home):
     ran = 0
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     for command in commands(page):
         if usage_only(command):
+            continue
+        if command.startswith("export "):
+            environment |= [command.removeprefix("export ").split("=", 1)]
             continue
         assert command.startswith("unimed-jax "), f"{page}: who runs {command!r}?"
         words = shlex.split(shorten(command))
@@ -107,7 +117,6 @@ def test_every_command_runs(page, home):
                     target.unlink()
         if words[1] == "convert":  # several pages make the same model
             shutil.rmtree(home / words[3], ignore_errors=True)
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
             [sys.executable, "-m", "unimed_jax", *words[1:]],
             cwd=home,
@@ -122,7 +131,7 @@ def test_every_command_runs(page, home):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/evaluating.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluating.md", *TUTORIALS])
 def test_every_python_block_runs(page, home):
     for body in blocks(page, "python"):
         if "minilm/" in body:  # needs real weights: tests/test_parity.py does the same with them
@@ -154,6 +163,6 @@ def test_make_targets_of_the_readme_exist():
 
 
 def test_links_lead_somewhere():
-    for page in ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]:
+    for page in ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -80,3 +82,19 @@ def test_the_last_look_comes_when_the_work_is_done(tmp_path):
         beside.write_text("x")
     assert calls == [[f".out.{os.getpid()}.new"]]
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_beside_the_target_is_removed(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    names = {
+        "gone": f".a[1].json.{gone.pid}.new",
+        "alive": f".a[1].json.{os.getppid()}.new",
+        "other": f".b.json.{gone.pid}.new",
+        "old": f".a[1].json.{gone.pid}.old",  # may be all that is left of what was there
+        "foreign": ".a[1].json.x.new",
+    }
+    for name in names.values():
+        (tmp_path / name).write_text("half")
+    files.write_text(tmp_path / "a[1].json", "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {"a[1].json", *names.values()} - {names["gone"]}

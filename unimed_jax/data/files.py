@@ -5,6 +5,7 @@ What was there before stays until the new one stands, and comes back when that f
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -58,6 +59,7 @@ def replacing(target: Path, refuse: Callable[[], None] = lambda: None) -> Iterat
     Raises:
         OSError: when that fails; then the target is as it was.
     """
+    _remove_stale(target)
     beside, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         yield beside
@@ -116,6 +118,18 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, hexadecimal."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes what processes that were killed have left beside a target; what a living one makes stays."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        pid = path.name.split(".")[-2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            remove(path)
+        except (ValueError, OverflowError, PermissionError):
+            pass  # not of our naming, or alive
 
 
 def remove(path: Path) -> None:

@@ -275,6 +275,8 @@ def test_no_part_of_the_source_is_overwritten(native, tmp_path):
     assert contents(tmp_path) == before
     convert(Request(src=whole, dst=whole / "native"))  # a new folder below it takes nothing away
     convert(Request(src=whole, dst=whole / "native", force=True))
+    convert(Request(src=run, dst=run / "w.pt", to="unimed"))  # nor does a file that is never read there
+    convert(Request(src=run, dst=run / "w.pt", to="unimed", force=True))
 
 
 def test_folders_that_no_conversion_may_replace(native, tmp_path, monkeypatch):

@@ -146,9 +146,10 @@ def _holds_source(r: Request) -> bool:
         src, dst = Path(place(text)), Path(place(r.dst))
         if os.path.lexists(src) and (src == dst or src.is_relative_to(dst)):
             return True
-        # Folders below a source are its own only in a run; others may well be made there.
+        # Below a source, a run's folders and what may have been read are its own; results may well lie there.
+        read = dst.is_file() and (model_folder.is_foreign(src) or dst.name in model_folder.OWN_FILES)
         parts = {src / "model", src / "checkpoints"}
-        if src in dst.parents and (dst.is_file() or parts & {dst, *dst.parents}):
+        if src in dst.parents and (read or parts & {dst, *dst.parents}):
             return True
     return False
 

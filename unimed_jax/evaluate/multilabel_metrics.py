@@ -130,37 +130,46 @@ class _Column:
 
     def __init__(self, p: np.ndarray, ranks: np.ndarray, truth: np.ndarray, threshold: float | None):
         self.rows = np.flatnonzero(truth >= 0)
-        self.p, self.there = p[self.rows], truth[self.rows] == 1
-        self.unknown, self.threshold = len(truth) - len(self.rows), threshold
-        self.ranks = ranks[self.rows]
-        self.ranking = tallies.ranking(self.ranks, self.there)
-        gaps = np.zeros((len(self.rows), tallies.BINS))
-        gaps[np.arange(len(self.rows)), tallies.bins(self.p)] = self.p - self.there
-        self.gaps = gaps
+        self.n, self.threshold = len(truth), threshold
+        self.there, self.ranks = truth[self.rows] == 1, ranks[self.rows]
+        order, starts, positive = tallies.ranking(self.ranks, self.there)
+        self.ranking = (self.rows[order], starts, positive)
+        self.adds = self._adds(p, truth)
+
+    def _adds(self, p: np.ndarray, truth: np.ndarray) -> Float[np.ndarray, "n k"]:
+        """What each record adds to the sums; nothing where the truth is unknown."""
+        known, there = truth >= 0, truth == 1
+        calls = [p >= t for t in (AT_HALF, self.threshold) if t is not None]
+        sums = [known, there, (p - there) ** 2]
+        sums += [x for said in calls for x in (said, said & there)]
+        gaps = np.zeros((len(p), tallies.BINS))
+        gaps[np.arange(len(p)), tallies.bins(p)] = p - there
+        return np.concatenate([np.stack(sums, 1), gaps], 1) * known[:, None]
 
     def weighted(self, w: Float[np.ndarray, "r n"]) -> dict[str, np.ndarray]:
         """Every metric for each row of weights; NaN where it does not exist."""
-        w = w[:, self.rows]
-        total = w.sum(1)
         auroc, precision = tallies.ranked(w, *self.ranking)
-        one = np.isnan(auroc)
-        out = {"auroc": auroc, "average_precision": np.where(one, np.nan, precision)}
-        out |= self._at(w, AT_HALF, "")
-        out["ece"] = tallies.share(np.abs(w @ self.gaps).sum(1), total)
-        out["brier"] = tallies.share(w @ (self.p - self.there) ** 2, total)
-        if self.threshold is not None:
-            out |= self._at(w, self.threshold, "_chosen")
+        sums = (w @ self.adds).T
+        (total, there, brier), rest = sums[:3], sums[3:]
+        out = {"auroc": auroc, "average_precision": np.where(np.isnan(auroc), np.nan, precision)}
+        for ending in ("", "_chosen") if self.threshold is not None else ("",):
+            (called, hits), rest = rest[:2], rest[2:]
+            out |= _at(total, there, called, hits, ending)
+        out["ece"] = tallies.share(np.abs(rest).sum(0), total)
+        out["brier"] = tallies.share(brier, total)
         return out
 
-    def _at(self, w: np.ndarray, threshold: float, ending: str) -> dict[str, np.ndarray]:
-        said = self.p >= threshold
-        hits, there, called = w @ (said & self.there), w @ self.there, w @ said
-        absent = w.sum(1) - there
-        return {
-            f"f1{ending}": tallies.share(2 * hits, there + called),
-            f"sensitivity{ending}": tallies.share(hits, there),
-            f"specificity{ending}": tallies.share(absent - (called - hits), absent),
-        }
+
+def _at(
+    total: np.ndarray, there: np.ndarray, called: np.ndarray, hits: np.ndarray, ending: str
+) -> dict[str, np.ndarray]:
+    """What a threshold gives."""
+    absent = total - there
+    return {
+        f"f1{ending}": tallies.share(2 * hits, there + called),
+        f"sensitivity{ending}": tallies.share(hits, there),
+        f"specificity{ending}": tallies.share(absent - (called - hits), absent),
+    }
 
 
 def _finding(
@@ -175,7 +184,7 @@ def _finding(
     return Finding(
         n=len(c.rows),
         positives=positives,
-        unknown=c.unknown,
+        unknown=c.n - len(c.rows),
         values={k: interval(float(v[0]), draw.get(k), reason(k)) for k, v in once.items()},
         threshold=c.threshold,
         delong=area,

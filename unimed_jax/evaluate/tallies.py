@@ -183,17 +183,22 @@ def ranked(w: np.ndarray, order: np.ndarray, starts: np.ndarray, positive: np.nd
     AUROC is P(score of a positive > of a negative) + P(equal) / 2; average precision is the precision at each
     distinct score, weighted by the share of the positives that have it.
     """
-    if not len(starts):
+    there = np.flatnonzero(positive)
+    if not len(there):
         return np.full((2, len(w)), np.nan)
-    w = w[:, order]
-    pos = np.add.reduceat(w * positive, starts, axis=1)  # [resamples, distinct scores]
-    neg = np.add.reduceat(w, starts, axis=1) - pos
-    positives, negatives = pos.sum(1), neg.sum(1)
-    below = np.cumsum(neg, axis=1) - neg
-    auroc = share((pos * (below + neg / 2)).sum(1), positives * negatives)
-    hits = np.cumsum(pos[:, ::-1], axis=1)[:, ::-1]  # positives at this score or above
-    called = hits + negatives[:, None] - below
-    precision = hits / np.where(called > 0, called, 1)
+    # Only scores that a positive has add to either figure: everything else is needed as a running sum alone.
+    runs, first = np.unique(np.searchsorted(starts, there, side="right") - 1, return_index=True)
+    sums = np.cumsum(w[:, order], axis=1)
+    ends = np.append(starts[1:], len(order)) - 1
+    total = sums[:, -1:]
+    below = np.where(starts[runs] > 0, sums[:, starts[runs] - 1], 0.0)
+    pos = np.add.reduceat(w[:, order[there]], first, axis=1)  # [resamples, scores of positives]
+    pos_below = np.cumsum(pos, axis=1) - pos
+    positives = pos.sum(1)
+    neg = sums[:, ends[runs]] - below - pos
+    auroc = share((pos * (below - pos_below + neg / 2)).sum(1), positives * (total[:, 0] - positives))
+    called = total - below
+    precision = (positives[:, None] - pos_below) / np.where(called > 0, called, 1)
     return np.stack([auroc, share((pos * precision).sum(1), positives)])
 
 

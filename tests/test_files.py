@@ -55,6 +55,16 @@ def test_a_link_is_replaced_and_what_it_names_is_not(tmp_path):
     assert (tmp_path / "file").read_text() == "x"
 
 
+def test_devices_and_pipes_stay_what_they_are(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match="neither a file nor a folder"):
+            files.write_text(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_an_interrupted_swap_brings_the_old_folder_back(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")

@@ -5,6 +5,7 @@ What was there before stays until the new one stands, and comes back when that f
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -60,6 +61,8 @@ def replacing(target: Path, refuse: Callable[[], None] = lambda: None) -> Iterat
         OSError: when that fails; then the target is as it was.
     """
     _remove_stale(target)
+    if target.exists() and not target.is_file() and not target.is_dir():  # /dev/null would become a file
+        raise OSError(errno.EINVAL, "neither a file nor a folder")
     beside, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         yield beside

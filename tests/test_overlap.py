@@ -179,7 +179,7 @@ def test_each_kind_of_overlap_is_named_by_its_strongest_evidence(sets, tmp_path,
     assert rows[0]["bits"] == ""
     assert int(rows[2]["bits"]) <= 10
     printed = capsys.readouterr().out
-    assert "3  pictures of b are in a, of 5" in printed
+    assert "3  pictures of b are like one of a, of 5" in printed
     assert "9 pictures, 1 of nearly one gray" in printed
     text = page.read_text()
     assert text.count("data:image/jpeg;base64,") == 6
@@ -196,7 +196,7 @@ def test_each_kind_of_overlap_is_named_by_its_strongest_evidence(sets, tmp_path,
     scene(50).save(tmp_path / "other" / "x.png")
     assert run(a, tmp_path / "other", "--fail") == 0
     assert run(a, b, "--distance", "-1") == 0
-    assert "perceptual" not in capsys.readouterr().out.split("pictures of b are in a, of 1")[-1]
+    assert "perceptual" not in capsys.readouterr().out.split("pictures of b are like one of a, of 1")[-1]
 
 
 def test_one_set_with_itself(sets, tmp_path, capsys):

@@ -212,9 +212,26 @@ def test_the_picture_of_a_frame_is_that_frame(here, tmp_path):
     from unimed_jax.evaluate import gallery
 
     movie = test_medical.sample("examples_ybr_color.dcm")
-    shown = verb._thumbnail({"file": str(movie), "frame": 20}, {"window": "", "slices": "all"})
+    shown = verb._thumbnail({"file": str(movie), "frame": 20, "key": ""}, {"window": "", "slices": "all"}, {})
     frames = medical.read(movie, slices=medical.Slices.parse("every:20"))
     assert shown == gallery.thumbnail(frames[1].data) != gallery.thumbnail(frames[0].data)
+
+
+def test_a_page_about_records_shows_them(here, tmp_path):
+    pytest.importorskip("array_record")
+    from unimed_jax.data import export
+    from unimed_jax.data.phantom import Phantom
+
+    root = export.export(Phantom(n=80, size=40), tmp_path / "records") and tmp_path / "records"
+    e = str(tmp_path / "r.parquet")
+    embed_verb.run(["--data", str(root), "--split", "test", "--model", str(here), "--out", e])
+    first = embedding_table.Index(e).rows([0])[0]
+    for flags, pictures in (([], 0), (["--data", str(root)], 4)):
+        page = tmp_path / f"{pictures}.html"
+        verb.run(["--index", e, "--like", first["key"], "-k", "4", "--html", str(page), *flags])
+        assert page.read_text().count("data:image/jpeg;base64,") == pictures
+    with pytest.raises(UsageError, match="--data is for --html"):
+        verb.run(["--index", e, "--like", first["key"], "--data", str(root)])
 
 
 def test_another_model_is_refused_in_one_line(here, tmp_path):

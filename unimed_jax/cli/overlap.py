@@ -143,7 +143,7 @@ def _table(found: Audit) -> str:
     for kind, n in found.counts.items():
         limit = {"phash": f" (at most {found.distance} bits)", "embedding": f" (cosine >= {found.cosine})"}
         lines.append(f"{n['pictures']:7d}  {_WORDS[kind]}{limit.get(kind, '')}: {n['pairs']} pairs")
-    whose = "have another like them" if found.itself else "of b are in a"
+    whose = "are like an earlier one" if found.itself else "of b are like one of a"
     lines.append(f"{found.shared:7d}  pictures {whose}, of {len(found.b)}")
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from unimed_jax.evaluate.embedding_table import Index
+    from unimed_jax.evaluate.inputs import Item
 
 NOTE = "nearest by cosine, which is no diagnosis; research use only, not a medical device"
 _COLUMNS = ("rank", "score", "id", "file", "frame", "modality", "key", "text")
@@ -36,6 +38,9 @@ def _parser() -> Parser:
     parser.add_argument("-k", type=int, default=10, help="hits")
     parser.add_argument("--out", default="", metavar="HITS.csv", help="write the hits as a table")
     parser.add_argument("--html", default="", metavar="HITS.html", help="write a page with the pictures")
+    parser.add_argument(
+        "--data", default="", metavar="DIR", help="records, for the pictures of a page about them"
+    )
     parser.add_argument("--json", action="store_true", help="print the hits as JSON")
     parser.add_argument("--force", action="store_true", help="replace existing outputs")
     return parser
@@ -48,6 +53,8 @@ def run(argv: list[str]) -> int:
         raise UsageError("-k must be at least 1")
     if args.like is None and not args.model:
         raise UsageError("--text and --image need --model", "the model that made the index")
+    if args.data and not args.html:
+        raise UsageError("--data is for --html", "leave it out, or give both")
     for path in filter(None, (args.out, args.html)):
         if Path(path).exists() and not args.force:
             raise UsageError(f"{path} exists", "choose another name, or --force to replace it")
@@ -117,7 +124,7 @@ def _cell(value: Any) -> str:
 
 def _write(args: argparse.Namespace, head: dict[str, Any], hits: list[dict[str, Any]]) -> None:
     from unimed_jax.data import files
-    from unimed_jax.evaluate import gallery, results
+    from unimed_jax.evaluate import gallery, inputs, results
 
     if args.out:
         try:
@@ -131,8 +138,11 @@ def _write(args: argparse.Namespace, head: dict[str, Any], hits: list[dict[str, 
             "Index": f"{head['index']['rows']} rows",
             "Model": f"{head['model']['name']}, sha256 {head['model']['sha256'][:12]}",
         }
+        keys = {h["key"] for h in hits if h["key"]}
+        records = inputs.Records(args.data).with_keys(keys) if args.data else {}
+        settings = head["settings"]
         figures = [
-            ([(_thumbnail(h, head["settings"]), h["id"])], f"{h['rank']}. {h['score']:.4f} {h['text']}")
+            ([(_thumbnail(h, settings, records), h["id"])], f"{h['rank']}. {h['score']:.4f} {h['text']}")
             for h in hits
         ]
         gallery.write(args.html, gallery.page("Search", facts, [("", figures)], NOTE))
@@ -143,8 +153,8 @@ def _write(args: argparse.Namespace, head: dict[str, Any], hits: list[dict[str, 
         print(f"note    {NOTE}")
 
 
-def _thumbnail(hit: dict[str, Any], settings: dict[str, str]) -> str:
-    """The hit's picture, if its file is still there; else nothing."""
+def _thumbnail(hit: dict[str, Any], settings: dict[str, str], records: Mapping[str, Item]) -> str:
+    """The hit's picture, if its file or record is still there; else nothing."""
     from unimed_jax.data import medical, windows
     from unimed_jax.evaluate import gallery, inputs
 
@@ -152,9 +162,12 @@ def _thumbnail(hit: dict[str, Any], settings: dict[str, str]) -> str:
         def pick(self, frames: int) -> range:
             return range(min(hit["frame"], frames - 1), min(hit["frame"], frames - 1) + 1)
 
-    if not hit["file"] or not Path(hit["file"]).is_file():
+    record = records.get(hit["key"])
+    if record is None and not (hit["file"] and Path(hit["file"]).is_file()):
         return ""
     try:
+        if record is not None:
+            return gallery.thumbnail(record.pixels())
         window = windows.parse_window(settings.get("window", ""))
         found = medical.read(hit["file"], window=window, slices=One())[0]
         return gallery.thumbnail(inputs.Item(id="", data=found.data, file=hit["file"]).pixels())

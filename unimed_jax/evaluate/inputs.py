@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +209,18 @@ class Records:
         e = self._pool[number]
         digest = hashlib.sha256(e.image).hexdigest() if hashed else ""
         return [Item(id=e.key, data=e.image, sha256=digest, modality=e.modality, key=e.key)]
+
+    def with_keys(self, keys: Collection[str]) -> dict[str, Item]:
+        """The records with some keys; all are looked through until they are found."""
+        left, out = set(keys), {}
+        for number in range(len(self)):
+            if not left:
+                break
+            item = self.read(number)[0]
+            if item.key in left:
+                left.discard(item.key)
+                out[item.key] = item
+        return out
 
     def fingerprint(self) -> str:
         """The digests of all shards."""

@@ -12,6 +12,9 @@ from sklearn import metrics as oracle
 
 from unimed_jax.evaluate import curves, metrics, plots, report, results, tasks
 
+pytest.importorskip("jinja2", reason='pip install "unimed-jax[report]"')
+pytest.importorskip("matplotlib", reason='pip install "unimed-jax[report]"')
+
 
 def made(n: int, seed: int = 0):
     rng = np.random.default_rng(seed)

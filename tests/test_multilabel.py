@@ -16,9 +16,11 @@ from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import (
     calibrate,
+    compare,
     findings_truth,
     multilabel,
     multilabel_metrics,
+    report,
     stored,
     tasks,
     zeroshot,
@@ -333,6 +335,16 @@ def test_an_evaluation_has_both_kinds_and_a_calibration_belongs_to_it(tiny, tmp_
     assert after.metrics.values["auroc"].value == pytest.approx(f.metrics.values["auroc"].value)
     flattering.save(tmp_path / "b")
     assert "IN SAMPLE" in (tmp_path / "b/results.md").read_text()
+    both = compare.folders(tmp_path / "a", tmp_path / "b")
+    assert [t["name"] for t in both["tasks"]] == ["chest"]
+    assert both["only_this"] == ["kind"]
+    values = both["tasks"][0]["values"]
+    assert values["auroc"]["difference"] == pytest.approx(0, abs=1e-9)
+    gap = f.metrics.values["brier"].value - after.metrics.values["brier"].value
+    assert values["brier"]["difference"] == pytest.approx(gap, abs=1e-6)
+    assert values["brier"]["low"] < gap < values["brier"]["high"]
+    assert "average_precision" in compare.table(both)
+    assert report.compared(both)["tables"][0]["rows"][0]["name"] == "average precision"
     with pytest.raises(DataError, match="calibrated already"):
         calibrate.from_results(tmp_path / "b")
     with pytest.raises(UsageError, match="has no task 'x'"):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from unimed_jax.errors import DataError
-from unimed_jax.evaluate import columns, metrics, results, stored, tallies
+from unimed_jax.evaluate import columns, metrics, multilabel_metrics, results, stored, tallies
 
 FORMAT, VERSION = "unimed_jax.comparison", 1
 _AGAIN = "evaluate both again on the same records"
@@ -38,8 +38,8 @@ def folders(
             or subjects are not the same.
     """
     heads = [results.read(folder) for folder in (this, other)]
-    rows = [stored.predictions(folder) for folder in (this, other)]
-    ours, theirs = ({t["name"]: t for t in s["tasks"]} for s in heads)
+    every = lambda head: [*head["tasks"], *head.get("findings", ())]
+    ours, theirs = ({t["name"]: t for t in every(head)} for head in heads)
     shared = [name for name in ours if name in theirs]
     if not shared:
         raise DataError(
@@ -60,11 +60,59 @@ def folders(
         "settings": draws,
         "only_this": [name for name in ours if name not in theirs],
         "only_other": [name for name in theirs if name not in ours],
-        "tasks": [
-            _task(ours[name], theirs[name], rows[0].get(name, []), rows[1].get(name, []), **draws)
-            for name in shared
-        ],
+        "tasks": _shared([this, other], [(ours[name], theirs[name]) for name in shared], draws),
     }
+
+
+def _shared(
+    folders: Sequence[str | Path],
+    tasks: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    draws: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """The comparison of each task; of one with several labels a picture, of the means over its findings."""
+    files = {"confusion": stored.predictions, "findings": stored.findings}
+    rows = {
+        key: [read(folder) for folder in folders]
+        for key, read in files.items()
+        if any(key in a and key in b for a, b in tasks)
+    }
+    out = []
+    for a, b in tasks:
+        key = "findings" if "findings" in a else "confusion"
+        if key not in b:
+            raise DataError(f"task {a['name']} has several labels a picture in one folder only", _AGAIN)
+        mine, theirs = (found.get(a["name"], []) for found in rows[key])
+        out.append((_findings if key == "findings" else _task)(a, b, mine, theirs, **draws))
+    return out
+
+
+def _findings(
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    rows: Sequence[Mapping[str, str]],
+    others: Sequence[Mapping[str, str]],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    name, names = a["name"], list(a["findings"])
+    if names != list(b["findings"]):
+        raise DataError(f"task {name} has other findings in the two folders", _AGAIN)
+    mine, theirs = (stored.scored_findings(name, r, names) for r in (rows, others))
+    place = {key: i for i, key in enumerate(theirs.keys)}
+    if set(mine.keys) != set(place) or not mine.keys:
+        raise DataError(f"task {name}: the records differ", _AGAIN)
+    order = [place[key] for key in mine.keys]
+    subjects = tallies.codes(theirs.subjects[order].tolist())
+    if (mine.truth != theirs.truth[order]).any() or (mine.subjects != subjects).any():
+        raise DataError(f"task {name}: truth or subjects differ", _AGAIN)
+    found = multilabel_metrics.paired(
+        [mine.margins, theirs.margins[order]],
+        mine.truth,
+        mine.subjects.tolist(),
+        resamples=resamples,
+        seed=seed,
+    )
+    return _compared(a, b, found, mine.subjects, resamples)
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -159,6 +207,16 @@ def _task(
         resamples=resamples,
         seed=seed,
     )
+    return _compared(a, b, found, subjects, resamples)
+
+
+def _compared(
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    found: Mapping[str, tuple[metrics.Value, metrics.Value, metrics.Value]],
+    subjects: Int[np.ndarray, "n"],
+    resamples: int,
+) -> dict[str, Any]:
     notes = []
     if a["prompts"]["sha256"] != b["prompts"]["sha256"]:
         notes.append("the prompts differ")
@@ -169,9 +227,9 @@ def _task(
         both = {"this": x.value, "other": y.value, "difference": gap.value, "low": gap.low, "high": gap.high}
         values[k] = both | ({"reason": gap.reason} if gap.reason else {})
     return {
-        "name": name,
+        "name": a["name"],
         "metric": a["metric"],
-        "n": len(rows),
+        "n": len(subjects),
         "subjects": int(subjects.max()) + 1,
         "values": values,
         "notes": notes,

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from unimed_jax.errors import DataError
 from unimed_jax.evaluate import delong, tallies
 from unimed_jax.evaluate.metrics import Value, interval
+from unimed_jax.evaluate.multilabel import probability
 
 AT_HALF = 0.5  # the threshold that needs no validation data
 BASIC = ("auroc", "average_precision", "f1", "sensitivity", "specificity", "ece", "brier")
@@ -109,12 +110,7 @@ def findings(
     cuts = [(thresholds or {}).get(k) for k in names]
     columns = [_Column(p[:, j], ranks[:, j], truth[:, j], cut) for j, cut in enumerate(cuts)]
     point = [c.weighted(np.ones((1, n))) for c in columns]
-    draws: list[list[dict[str, np.ndarray]]] = [[] for _ in columns]
-    for w in tallies.subject_weights(subjects if subjects > 1 else 0, n, resamples, seed):
-        records = w[:, subject].astype(np.float64)
-        for found, c in zip(draws, columns, strict=True):
-            found.append(c.weighted(records))
-    boot = [{k: np.concatenate([d[k] for d in found]) for k in found[0]} if found else {} for found in draws]
+    boot = _resampled(columns, subject, resamples, seed)
     single = subjects == n
     each = {
         name: _finding(c, once, draw, single)
@@ -123,6 +119,62 @@ def findings(
     known = (*BASIC, *CHOSEN) if any(c is not None for c in cuts) else BASIC
     values = {k: _mean(k, point, boot) for k in known}
     return Findings(n=n, subjects=subjects, values=values, findings=each, notes=_notes(each))
+
+
+def paired(
+    margins: Sequence[Float[np.ndarray, "n f"]],
+    truth: Int[np.ndarray, "n f"],
+    groups: Sequence[Any],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, tuple[Value, Value, Value]]:
+    """The mean over findings of each metric for two sets of logits, and their difference with an interval.
+
+    Each draw takes the same subjects for both.
+
+    Raises:
+        DataError: for shapes that do not fit.
+
+    Example:
+        >>> truth = np.array([[1], [0], [1], [0]])
+        >>> found = paired([truth - 0.5, 0.5 - truth], truth, range(4), resamples=0, seed=0)
+        >>> [v.value for v in found["auroc"]]
+        [1.0, 0.0, 1.0]
+    """
+    sides = []
+    for m in margins:
+        p = probability(m)
+        _check(p, m, truth, range(truth.shape[1]), groups)
+        sides.append([_Column(p[:, j], m[:, j], truth[:, j], None) for j in range(truth.shape[1])])
+    once = [[c.weighted(np.ones((1, len(truth)))) for c in side] for side in sides]
+    subject = tallies.codes(groups)
+    drawn = [_resampled(side, subject, resamples, seed) for side in sides]
+    out = {}
+    for k in BASIC:
+        first, second = (_mean(k, x, [{}] * len(x)) for x in once)
+        if first.value is None or second.value is None:
+            out[k] = (first, second, Value(None, reason=first.reason or second.reason))
+            continue
+        gaps = None
+        if drawn[0][0]:
+            means = [tallies.mean_defined(np.stack([d[k] for d in side], 1)) for side in drawn]
+            gaps = means[0] - means[1]
+        out[k] = (first, second, interval(first.value - second.value, gaps, ""))
+    return out
+
+
+def _resampled(
+    columns: Sequence[_Column], subject: Int[np.ndarray, "n"], resamples: int, seed: int
+) -> list[dict[str, np.ndarray]]:
+    """Every metric of every resample of each finding, on the same draws; empty with fewer than two subjects."""
+    subjects = int(subject.max()) + 1 if len(subject) else 0
+    draws: list[list[dict[str, np.ndarray]]] = [[] for _ in columns]
+    for w in tallies.subject_weights(subjects if subjects > 1 else 0, len(subject), resamples, seed):
+        records = w[:, subject].astype(np.float64)
+        for found, c in zip(draws, columns, strict=True):
+            found.append(c.weighted(records))
+    return [{k: np.concatenate([d[k] for d in found]) for k in found[0]} if found else {} for found in draws]
 
 
 class _Column:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,10 +14,12 @@ from PIL import Image
 
 from unimed_jax.cli import data as cli
 from unimed_jax.cli.main import main
+from unimed_jax.data import medical, windows
 from unimed_jax.data.record import hash_patient
 from unimed_jax.data.shards import Shards, find_sources
 from unimed_jax.data.sources import SOURCES, open_source
 from unimed_jax.data.sources.folder import Folder
+from unimed_jax.data.validate import Reject
 from unimed_jax.errors import DataError, UsageError
 
 
@@ -313,3 +316,50 @@ def test_a_range_of_shards(raw, tmp_path, capsys):
     code, out, _ = outcome(capsys, *build)
     assert code == 0
     assert "train 2, test 1" in out or "test 1, train 2" in out
+
+
+def test_studies_are_stored_as_the_window_shows_them(tmp_path):
+    from pydicom.data import get_testdata_file
+
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name in ("CT_small.dcm", "MR_small.dcm"):
+        shutil.copy(str(get_testdata_file(name)), raw / name)
+    (raw / "cut.dcm").write_bytes((raw / "CT_small.dcm").read_bytes()[:700])
+    rows = "".join(f"{name},A slice,{m}\n" for name, m in (("CT_small.dcm", ""), ("MR_small.dcm", "CT")))
+    captions = table(raw, f"file,caption,modality\n{rows}cut.dcm,A slice,\n")
+    stored = {}
+    for window in ("", "lung"):
+        source = open_source("folder", {"raw": str(raw), "captions": str(captions), "window": window})
+        ct, mr, cut = source.items()
+        example = source.example(ct)
+        stored[window] = np.asarray(Image.open(io.BytesIO(example.image)))
+        (picture,) = medical.read(raw / "CT_small.dcm", window=windows.parse_window(window))
+        np.testing.assert_array_equal(stored[window], picture.data)
+        assert (example.modality, source.example(mr).modality) == ("CT", "CT")  # the table's word counts
+        with pytest.raises(Reject, match="decode_error") as e:
+            source.example(cut)
+        assert "cut" not in e.value.detail
+        for name in (b"CompressedSamples", b"1CT1"):  # the patient of the test file
+            assert name in (raw / "CT_small.dcm").read_bytes()
+            assert name not in example.image
+    assert not np.array_equal(stored[""], stored["lung"])
+    with pytest.raises(UsageError, match="no window 'long'"):
+        open_source("folder", {"raw": str(raw), "captions": str(captions), "window": "long"})
+
+
+def test_a_table_in_parquet(raw, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = {"file": ["a.png", "b.png"], "captions": [["One", "Two"], ["Three"]], "patient": [None, "p"]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    a, b = Folder(raw=raw, captions=tmp_path / "t.parquet").items()
+    assert [c.text for c in a.captions] == ["One", "Two"]
+    assert (a.patient, b.where) == ("", "t.parquet row 2")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"cut\.parquet is malformed: ArrowInvalid"):
+        Folder(raw=raw, captions=tmp_path / "cut.parquet").items()
+    pq.write_table(pa.table({"fil": ["a.png"]}), tmp_path / "u.parquet")
+    with pytest.raises(DataError, match="unknown column 'fil'"):
+        Folder(raw=raw, captions=tmp_path / "u.parquet").items()

@@ -103,7 +103,7 @@ def frames(
         raise DataError(f"{path.name}: {size} bytes are too large", f"at most {limits.MAX_FILE_BYTES}")
     if is_dicom(path, head):
         return dicom.frames(path, window, slices.pick, hold)
-    if path.name.lower().endswith((".nii", ".nii.gz")) or head[344:348] in (b"n+1\0", b"ni1\0"):
+    if _is_nifti(path, head):
         return _nifti(path, window, slices)
     return [_image(path, size)]
 
@@ -111,6 +111,15 @@ def frames(
 def is_dicom(path: Path, head: bytes) -> bool:
     """Whether the first bytes or the suffix say DICOM."""
     return head[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom")
+
+
+def is_study(path: Path, head: bytes) -> bool:
+    """Whether a file is DICOM or NIfTI, by its first 352 bytes or its suffix."""
+    return is_dicom(path, head) or _is_nifti(path, head)
+
+
+def _is_nifti(path: Path, head: bytes) -> bool:
+    return path.name.lower().endswith((".nii", ".nii.gz")) or head[344:348] in (b"n+1\0", b"ni1\0")
 
 
 def _image(path: Path, size: int) -> Frame:

@@ -1,6 +1,6 @@
 """Your own images: a folder, and a table that says what is on each of them.
 
-The table is CSV (or .tsv, or .jsonl) in UTF-8 with these columns; only `file` and one kind of caption are needed:
+The table is CSV (or .tsv, .jsonl, .parquet) in UTF-8 with these columns; `file` and one kind of caption must be there:
 
     file      path below the folder
     caption   text; more of them in caption2, caption3, ...
@@ -23,9 +23,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unimed_jax import config
-from unimed_jax.data import limits
+from unimed_jax.data import limits, windows
 from unimed_jax.data.record import Caption, Example, hash_patient
-from unimed_jax.data.validate import Reject
+from unimed_jax.data.sources import pictures
 from unimed_jax.errors import DataError, did_you_mean
 
 _COLUMNS = ("file", "caption", "captions", "kind", "labels", "modality", "patient", "split")
@@ -58,6 +58,7 @@ class Folder:
         description: for the data card.
         salt: secret that goes into the hashes of patients; without one, short identifiers can be guessed.
         hide_names: store hashes of file names instead of the names, where these identify people.
+        window: of DICOM and NIfTI: lung, brain, ... or CENTRE,WIDTH; default: the file's own.
     """
 
     raw: Path = field(repr=False)
@@ -67,6 +68,10 @@ class Folder:
     description: str = ""
     salt: str = field(default="", repr=False)
     hide_names: bool = False
+    window: str = ""
+
+    def __post_init__(self) -> None:
+        windows.parse_window(self.window)  # refused before anything is read
 
     def items(self) -> Sequence[Row]:
         """The rows of the table.
@@ -104,16 +109,14 @@ class Folder:
         )
 
     def example(self, item: Row) -> Example:
-        """Reads one image; its bytes are stored as they are."""
-        path = Path(self.raw) / item.file
-        if path.stat().st_size > limits.MAX_FILE_BYTES:
-            raise Reject("too_large", f"the file has more than {limits.MAX_FILE_BYTES} bytes")
+        """Reads one image; its bytes are stored as they are, of DICOM and NIfTI the middle slice as PNG."""
+        image, modality = pictures.stored(Path(self.raw) / item.file, windows.parse_window(self.window))
         return Example(
             key=item.key,
-            image=path.read_bytes(),
+            image=image,
             captions=item.captions,
             labels=item.labels,
-            modality=item.modality,
+            modality=item.modality or modality,
             patient=item.patient,
             split=item.split,
         )
@@ -127,6 +130,9 @@ def read_table(path: Path) -> Iterator[tuple[dict[str, str], str]]:
     """
     csv.field_size_limit(limits.MAX_RECORD_BYTES)
     try:
+        if path.suffix == ".parquet":
+            yield from _parquet(path)
+            return
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
             if path.suffix == ".jsonl":
                 for number, line in enumerate(f, 1):
@@ -145,6 +151,22 @@ def read_table(path: Path) -> Iterator[tuple[dict[str, str], str]]:
         raise DataError(f"cannot read the table {path} ({e.strerror})", "--captions names it") from e
     except (ValueError, TypeError, AttributeError, csv.Error) as e:
         raise DataError(f"the table {path} is malformed: {e}", "CSV with a header, in UTF-8") from e
+
+
+def _parquet(path: Path) -> Iterator[tuple[dict[str, str], str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        _check_columns(file.schema_arrow.names, path)
+        number = 0
+        for batch in file.iter_batches():
+            for values in batch.to_pylist():
+                number += 1
+                yield {k: _text(v) for k, v in values.items()}, f"{path.name} row {number}"
+    except pa.ArrowException as e:
+        raise ValueError(f"{type(e).__name__}: {str(e)[:100]}") from e
 
 
 def _check_columns(columns: Any, path: Path) -> None:

@@ -22,7 +22,6 @@ from unimed_jax.errors import DataError
 # Largest absolute difference of an entry of an embedding that is not normalised, whatever its size: a full-size B/16
 # with entries up to 3.3 differs by 4e-6.
 LIMIT = 1e-4
-PICTURES = 4
 TEXTS = (
     "a frontal chest radiograph with an enlarged heart",
     "axial CT of the abdomen",

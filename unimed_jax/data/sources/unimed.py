@@ -15,7 +15,7 @@ from pathlib import Path
 
 from unimed_jax.data import limits
 from unimed_jax.data.record import Caption, Example, hash_patient
-from unimed_jax.data.sources import annotation_files
+from unimed_jax.data.sources import annotation_files, unimed_rows
 from unimed_jax.data.sources.annotation_files import Row
 from unimed_jax.data.validate import Reject
 from unimed_jax.errors import DataError, UsageError

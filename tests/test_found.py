@@ -110,6 +110,17 @@ def test_damaged_slices_are_left_to_the_reader(scan):
     assert sum(len(x) for x in got) == 8
 
 
+def test_long_headers_are_read_to_their_end(tmp_path):
+    """Private data before the place of the slice, longer than what is read at first."""
+    for k in range(3):
+        write_slice(tmp_path / f"{k}.dcm", k)
+        ds = pydicom.dcmread(tmp_path / f"{k}.dcm")
+        ds.add_new(0x00090010, "LO", "SOMEBODY")
+        ds.add_new(0x00091001, "OB", bytes(100_000))
+        ds.save_as(tmp_path / f"{k}.dcm")
+    assert names(found.find([tmp_path]).inputs) == [["0.dcm", "1.dcm", "2.dcm"]]
+
+
 def test_the_order_does_not_depend_on_threads(scan):
     files = found.find_files([scan])
     assert series.volumes(files, threads=1) == series.volumes(files, threads=8)

@@ -224,17 +224,28 @@ def test_a_missing_package_names_the_pip_line(monkeypatch):
 
 
 def test_a_deflated_bomb_is_refused_before_it_is_inflated(tmp_path, monkeypatch):
-    """1 MB that would become 600 MB."""
+    """A few KB that would become more than may be, also where the header hides the place at which it begins."""
+    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 4 << 20)
     ds = pydicom.dcmread(sample("image_dfl.dcm"))
     ds.save_as(tmp_path / "small.dcm")
     assert only(tmp_path / "small.dcm").data.shape == (512, 512)
     raw = (tmp_path / "small.dcm").read_bytes()
-    length = struct.unpack("<I", raw[140:144])[0]
+    end = 144 + struct.unpack("<I", raw[140:144])[0]
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    body = b"".join(squeeze.compress(bytes(1 << 20)) for _ in range(600)) + squeeze.flush()
-    (tmp_path / "bomb.dcm").write_bytes(raw[: 144 + length] + body)
-    with pytest.raises(DataError, match="inflates to more than"):
-        medical.read(tmp_path / "bomb.dcm")
+    bomb = b"".join(squeeze.compress(bytes(1 << 20)) for _ in range(6)) + squeeze.flush()
+    elsewhere = struct.pack("<I", end + len(bomb) - 144)  # where the small file's own stream follows
+    command = struct.pack("<HHII", 0, 0, 4, 0)
+    bombs = {
+        "plain": raw[:end] + bomb,
+        "no preamble": raw[132:end] + bomb,
+        "another length": raw[:140] + elsewhere + raw[144:end] + bomb + raw[end:],
+        "command": raw[:end] + command + bomb,
+    }
+    for name, data in bombs.items():
+        path = tmp_path / f"{name}.dcm"
+        path.write_bytes(data)
+        with pytest.raises(DataError, match="inflates to more than"):
+            medical.read(path)
 
 
 def test_huge_dimensions_are_refused_before_decoding(tmp_path):

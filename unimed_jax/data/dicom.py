@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Num, UInt8
@@ -136,7 +136,8 @@ def frames(
     pydicom = need("pydicom")
     with no_identifiers():
         try:
-            inflated = inflated_bytes(path, pydicom)
+            with path.open("rb") as f:
+                inflated = inflated_bytes(f, path.name, pydicom)
             with hold(inflated):
                 ds = _header_of(path, pydicom)
                 count = _refuse_unpictured(path.name, ds)
@@ -279,27 +280,27 @@ def _refuse_unpictured(name: str, ds: Any) -> int:
     return frames
 
 
-def inflated_bytes(path: Path, pydicom: Any) -> int:
+def inflated_bytes(file: BinaryIO, name: str, pydicom: Any) -> int:
     """What a deflated file, which may hold a thousand times its size and is inflated whole, takes; else 0.
 
     Raises:
         DataError: beyond the limit, found by inflating it in small pieces.
     """
-    with path.open("rb") as f:
-        if f.read(132)[128:] != b"DICM":
-            return 0
-        meta = pydicom.filereader.read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") != _DEFLATED:
-            return 0
-        f.seek(144 + int(meta.FileMetaInformationGroupLength))  # preamble, DICM and the length element itself
-        inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        for chunk in iter(lambda: f.read(1 << 16), b""):
-            while chunk:
-                total += len(inflate.decompress(chunk, 1 << 22))
-                chunk = inflate.unconsumed_tail
-                if total > limits.MAX_FILE_BYTES:
-                    raise DataError(f"{path.name}: inflates to more than {limits.MAX_FILE_BYTES} bytes")
-        return total
+    reader = pydicom.filereader
+    file.seek(132 if file.read(132)[128:] == b"DICM" else 0)
+    # The very steps after which pydicom inflates what is left: the length in the header may say otherwise.
+    meta = reader._read_file_meta_info(file)
+    if meta.get("TransferSyntaxUID") != _DEFLATED:
+        return 0
+    reader._read_command_set_elements(file)
+    inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    for chunk in iter(lambda: file.read(1 << 16), b""):
+        while chunk:
+            total += len(inflate.decompress(chunk, 1 << 22))
+            chunk = inflate.unconsumed_tail
+            if total > limits.MAX_FILE_BYTES:
+                raise DataError(f"{name}: inflates to more than {limits.MAX_FILE_BYTES} bytes")
+    return total
 
 
 def _cannot_decode(name: str, ds: Any, e: Exception, pydicom: Any) -> DataError:

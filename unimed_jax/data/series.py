@@ -8,16 +8,19 @@ values are compared and forgotten: none leaves this module.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from unimed_jax.data import dicom, medical
 
 _SECTIONAL = frozenset(["CT", "MR", "PT", "NM"])
+_AT_ONCE = 256  # files
+_HEAD = 1 << 16  # bytes in which a header ends, nearly always
 _TAGS = [
     "StudyInstanceUID",
     "SeriesInstanceUID",
@@ -53,8 +56,12 @@ def volumes(files: Sequence[Path], *, threads: int = 4) -> list[tuple[Path, ...]
     Returns:
         Tuples of files, in the order of the first file of each.
     """
+    found: list[_Slice | None] = []
     with ThreadPoolExecutor(threads, thread_name_prefix="series") as pool:
-        found = list(pool.map(_slice, files))
+        for first in range(0, len(files), _AT_ONCE):
+            part = files[first : first + _AT_ONCE]
+            # Parsing holds the interpreter: threads only wait for the disk.
+            found += [_slice(p, head) for p, head in zip(part, pool.map(_head, part), strict=True)]
     together: dict[Any, list[int]] = {}
     for i, s in enumerate(found):
         together.setdefault(i if s is None else s.key, []).append(i)
@@ -82,21 +89,43 @@ def _order(members: Sequence[tuple[int, Any]]) -> list[int] | None:
     return [i for i, _ in sorted(members, key=key)]
 
 
-def _slice(path: Path) -> _Slice | None:
-    """What the header says about the place of a single frame; None for anything else."""
+def _head(path: Path) -> bytes:
+    """The beginning of a DICOM file; empty for anything else."""
     try:
         with path.open("rb") as f:
             head = f.read(132)
-        if not medical.is_dicom(path, head):
-            return None
-        pydicom = dicom.need("pydicom")
-        with dicom.no_identifiers():
-            if dicom.inflated_bytes(path, pydicom):
-                return None  # reading its header would inflate it whole
-            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-            return _place(ds, path.parent)
-    except Exception:  # no file, no pydicom, a damaged header: reading the picture will say so
+            return head + f.read(_HEAD - len(head)) if medical.is_dicom(path, head) else b""
+    except (OSError, ValueError):
+        return b""
+
+
+def _slice(path: Path, head: bytes) -> _Slice | None:
+    """What the header says about the place of a single frame; None for anything else."""
+    if not head:
         return None
+    try:
+        return _parsed(io.BytesIO(head), path)
+    except Exception:  # no pydicom, a damaged header: reading the picture will say so
+        if len(head) < _HEAD:
+            return None
+    try:
+        with path.open("rb") as f:
+            return _parsed(f, path)
+    except Exception:  # as above
+        return None
+
+
+def _parsed(file: BinaryIO, path: Path) -> _Slice | None:
+    """As `_slice`; raises anything for a header that does not reach to the size of a picture."""
+    pydicom = dicom.need("pydicom")
+    with dicom.no_identifiers():
+        if dicom.inflated_bytes(file, path.name, pydicom):
+            return None  # reading its header would inflate it whole
+        file.seek(0)
+        ds = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=True)
+        if "Columns" not in ds:  # the last of the tags, in their order
+            raise EOFError
+        return _place(ds, path.parent)
 
 
 def _place(ds: Any, folder: Path) -> _Slice | None:

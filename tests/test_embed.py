@@ -401,7 +401,15 @@ def test_damaged_and_foreign_files_are_no_index(model, study, tmp_path):
     run(model, study, "--out", tmp_path / "e.parquet")
     data = (tmp_path / "e.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(data[:-9])
-    for name in ("foreign", "text", "cut"):
+    found = pq.read_table(tmp_path / "e.parquet")
+    head = json.loads(found.schema.metadata[b"unimed_jax.embeddings"])
+    changes = {"model": {}, "dim": 33, "dtype": "int8", "settings": ["x"], "version": 2, "content": None}
+    for name, value in changes.items():
+        said = json.dumps({**head, name: value})
+        pq.write_table(
+            found.replace_schema_metadata({"unimed_jax.embeddings": said}), tmp_path / f"{name}.parquet"
+        )
+    for name in ("foreign", "text", "cut", *changes):
         with pytest.raises(UnimedError, match=name):
             embedding_table.Index(tmp_path / f"{name}.parquet")
 

@@ -265,9 +265,15 @@ def _head(path: Path) -> tuple[Facts, list[tuple[int, int]]]:
         if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
             raise ValueError("another version")
         facts = Facts(**values)
+        words = [
+            facts.content,
+            *facts.settings.values(),
+            *(facts.model[k] for k in ("name", "sha256", "dtype")),
+        ]
+        if facts.dtype not in DTYPES or not all(isinstance(w, str) for w in words):
+            raise ValueError("other facts")
         if columns != {c.name: str(c.type) for c in schema(facts)}:
             raise ValueError("other columns")
-        _kind(facts)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise DataError(
             f"{path} is no index that this program reads", "unimed-jax embed writes one"

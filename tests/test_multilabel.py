@@ -315,6 +315,16 @@ def test_an_evaluation_has_both_kinds_and_a_calibration_belongs_to_it(tiny, tmp_
         oracle.roc_auc_score(y, f.margins[:, 0])
     )
     assert found.figures()["eval/chest"] == f.main.value
+    seen = [e for e in f.examples if e["hit"]]
+    assert [e["hit"] for e in f.examples] == [True] * len(seen) + [False] * (len(f.examples) - len(seen))
+    assert len({e["key"] for e in f.examples}) == len(f.examples) <= 12
+    for e in f.examples:
+        row = int(e["key"].removeprefix("list/"))
+        name = e["label"].removeprefix("no ")
+        there = high[row, list(t.findings).index(name)]
+        assert e["label"] == (name if there else f"no {name}")
+        assert (e["label"] == e["predicted"]) == e["hit"]
+        assert (e["scores"][name] >= 0.5) == (not e["predicted"].startswith("no "))
     found.save(tmp_path / "a")
     again = stored.scored_findings("chest", stored.findings(tmp_path / "a")["chest"], ["effusion", "nodule"])
     np.testing.assert_allclose(again.margins, f.margins, rtol=1e-8)

@@ -17,7 +17,7 @@ from unimed_jax import infer, saliency
 from unimed_jax.cli import predict as verb
 from unimed_jax.errors import UsageError
 from unimed_jax.evaluate import multilabel, question, tasks
-from unimed_jax.evaluate.zeroshot import THUMBNAIL
+from unimed_jax.evaluate.shown import THUMBNAIL
 
 
 @pytest.fixture(scope="module")

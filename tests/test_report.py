@@ -12,7 +12,8 @@ import pytest
 
 from unimed_jax.cli import report as verb
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import metrics, plots, report, results, tasks, zeroshot
+from unimed_jax.evaluate import metrics, plots, report, results, tasks
+from unimed_jax.evaluate.shown import thumbnail
 
 pytest.importorskip("jinja2", reason='pip install "unimed-jax[report]"')
 pytest.importorskip("matplotlib", reason='pip install "unimed-jax[report]"')
@@ -68,7 +69,7 @@ def made(folder: Path, name: str = "organs", classes=("heart", "liver", EVIL)) -
         "label": classes[0],
         "scores": {classes[0]: 0.7, classes[1]: 0.2, classes[2]: 0.1},
         "prompts": [{"class": classes[0], "prompt": f"{EVIL} prompt", "cosine": 0.31}],
-        "jpeg": zeroshot.thumbnail(np.zeros((8, 8, 3), np.uint8)),
+        "jpeg": thumbnail(np.zeros((8, 8, 3), np.uint8)),
         "simulated": False,
     }
     shown = [

@@ -35,6 +35,7 @@ class FindingsResult:
     truth: Int[np.ndarray, "n f"]
     margins: Float[np.ndarray, "n f"]  # calibrated where a calibration was given
     calibrated: dict[str, Any] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)  # hits and misses with thumbnails
 
     @property
     def main(self) -> Value:

@@ -19,8 +19,8 @@ from unimed_jax.data import medical, slides
 from unimed_jax.data.found import Input
 from unimed_jax.evaluate import question, reading
 from unimed_jax.evaluate.question import Question
+from unimed_jax.evaluate.shown import THUMBNAIL, thumbnail
 from unimed_jax.evaluate.tasks import Task
-from unimed_jax.evaluate.zeroshot import THUMBNAIL, thumbnail
 from unimed_jax.infer import Loaded
 
 MEAN = "mean"  # in the column `frame`: the slide as a whole

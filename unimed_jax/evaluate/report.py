@@ -70,7 +70,9 @@ def from_run(folder: str | Path) -> dict[str, Any]:
         page["facts"] = _result_facts(stored)
         drawn = curves.of_folder(found, stored)
         page["tasks"] = [_task(t, shown.get(t["name"], []), drawn.get(t["name"])) for t in stored["tasks"]]
-        page["findings"] = [_findings(t, drawn.get(t["name"])) for t in stored.get("findings", ())]
+        page["findings"] = [
+            _findings(t, drawn.get(t["name"]), shown.get(t["name"], [])) for t in stored.get("findings", ())
+        ]
         page["calibrated"] = "calibration" in stored["settings"]
         page["title"] = stored["model"]["name"]
         if "datasets" in stored:
@@ -333,7 +335,9 @@ def _title(name: str) -> str:
     return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
 
 
-def _findings(t: Mapping[str, Any], drawn: curves.Curves | None) -> dict[str, Any]:
+def _findings(
+    t: Mapping[str, Any], drawn: curves.Curves | None, shown: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """A multi-label task: its mean, and a row for each finding."""
     order = sorted(t["values"], key=lambda k: k != t["metric"])
     rows = [{"name": "mean over findings", "values": [t["values"][k] for k in order], "ours": True}]
@@ -349,6 +353,8 @@ def _findings(t: Mapping[str, Any], drawn: curves.Curves | None) -> dict[str, An
         "chosen": [k.endswith("_chosen") for k in order],
         "thresholds": any("threshold" in f for f in t["findings"].values()),
         "rows": rows,
+        "hits": [_shown(e) for e in shown if e["hit"]],
+        "misses": [_shown(e) for e in shown if not e["hit"]],
         **_drawn(t, drawn),
     }
 

@@ -219,7 +219,7 @@ class Results:
                 f"{folder} holds results already", "choose another --out, or --force to replace them"
             )
         predictions = [{"task": t.task.name} | p.row() for t in self.tasks for p in t.predictions]
-        examples = {t.task.name: t.examples for t in self.tasks}
+        examples = {t.task.name: t.examples for t in (*self.tasks, *self.findings)}
         texts = {
             "examples.json": json.dumps(examples),
             "predictions.csv": to_csv(predictions, PREDICTED),

@@ -28,6 +28,7 @@ from unimed_jax.evaluate import (
     layouts,
     metrics,
     multilabel,
+    shown,
     suite_prompts,
     suites,
     tasks,
@@ -186,20 +187,22 @@ def evaluate(
         keys, groups = [row.key for row in rows], [row.group for row in rows]
         how = (mine, prompts, loaded.logit_scale, resamples, seed, fits.get(r.data_set.name), in_sample)
         labels = np.array([row.label for row in rows], np.int64)
+        source = _Shown(rows, r.table.array)
         try:
             if isinstance(r.task, multilabel.Findings):
                 truth = findings_truth.Truth(np.array([row.findings for row in rows], np.int8))
-                out.add(_result(r, findings_results.score(r.task, keys, truth, groups, *how), lost))
+                several = findings_results.score(r.task, keys, truth, groups, *how)
+                several.examples = shown.of_findings(
+                    several, range(len(rows)), mine, prompts, source, examples
+                )
+                out.add(_result(r, several, lost))
                 continue
             found = zeroshot.score(r.task, keys, labels, groups, *how)
         except DataError as e:
             refused = {"set": r.data_set.name, "status": "refused", "reason": e.cause, "remedy": e.remedy}
             out.failed.append(refused)
             continue
-        shown = _Shown(rows, r.table.array)
-        found.examples = zeroshot.pick_examples(
-            found, range(len(rows)), mine, prompts, shown, groups, examples
-        )
+        found.examples = shown.of_classes(found, range(len(rows)), mine, prompts, source, groups, examples)
         result = _result(r, found, lost)
         cosines = zeroshot.cosines(r.task, mine, prompts)
         result.parts = _parts(r.data_set, cosines, labels)
@@ -287,7 +290,7 @@ def _sensitivity(
 
 
 class _Shown:
-    """Rows as `zeroshot.pick_examples` wants records."""
+    """Rows as `shown.of_classes` wants records."""
 
     def __init__(self, rows: Sequence[layouts.Row], array: np.ndarray | None):
         self.rows, self.array = rows, array

@@ -6,11 +6,9 @@ and shared over the mesh; each process decodes only its own rows.
 
 from __future__ import annotations
 
-import base64
 import bisect
 import dataclasses
 import datetime
-import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image
 
 from unimed_jax import __version__
 from unimed_jax.data import images
@@ -33,6 +30,7 @@ from unimed_jax.evaluate import (
     findings_truth,
     metrics,
     multilabel,
+    shown,
     tallies,
     tasks,
 )
@@ -41,7 +39,6 @@ from unimed_jax.infer import Loaded
 from unimed_jax.train import run_folder
 from unimed_jax.vectors import class_scores, ensemble
 
-THUMBNAIL = 176  # pixels
 Wanted = str | Path | tasks.Task | multilabel.Findings
 
 
@@ -148,13 +145,15 @@ def evaluate(
         fit = fits[t.name]
         if isinstance(t, multilabel.Findings):
             assert not isinstance(fit, calibration.Temperature)
-            out.findings.append(findings_results.score(t, *about, fit, in_sample))
+            found = findings_results.score(t, *about, fit, in_sample)
+            found.examples = shown.of_findings(found, indices, z, prompts, pool, examples)
+            out.findings.append(found)
             continue
         assert not isinstance(fit, calibration.Platt)
         result = score(t, *about, fit, in_sample)
         result.references = dict((references or {}).get(t.name, {}))
         subjects = [e.patient or e.key for e in mine]
-        result.examples = pick_examples(result, indices, z, prompts, pool, subjects, examples)
+        result.examples = shown.of_classes(result, indices, z, prompts, pool, subjects, examples)
         out.tasks.append(result)
     return out
 
@@ -316,62 +315,6 @@ def cosines(
 def class_bank(task: tasks.Task, prompts: Mapping[str, Float[np.ndarray, "d"]]) -> Float[np.ndarray, "c d"]:
     """A unit vector of each class: the normalised mean of its prompts."""
     return ensemble([np.stack([prompts[p] for p in texts]) for texts in task.classes.values()])
-
-
-def pick_examples(
-    result: TaskResult,
-    indices: Sequence[int],
-    z: np.ndarray,
-    prompts: Mapping[str, np.ndarray],
-    pool: Any,
-    subjects: Sequence[str],
-    count: int,
-) -> list[dict[str, Any]]:
-    """Some hits and some misses: classes take turns, subjects within a class too, the surest first."""
-    texts = [(name, p) for name, ps in result.task.classes.items() for p in ps]
-    bank = np.stack([prompts[p] for _, p in texts])
-    chosen = []
-    for hit in (True, False):
-        rows = [r for r, p in enumerate(result.predictions) if (p.label == p.predicted) == hit]
-        rows.sort(key=lambda r: -result.predictions[r].scores[result.predictions[r].predicted])
-        rows = _one_of_each(rows, [subjects[r] for r in rows])
-        chosen += [(r, hit) for r in _one_of_each(rows, [result.predictions[r].label for r in rows])[:count]]
-    out = []
-    for r, hit in chosen:
-        p, cosines = result.predictions[r], bank @ z[r]
-        top = [
-            {"class": texts[k][0], "prompt": texts[k][1], "cosine": float(cosines[k])}
-            for k in np.argsort(-cosines)[:3]
-        ]
-        example = pool[indices[r]]
-        out.append(
-            {
-                "key": p.key,
-                "label": p.label,
-                "predicted": p.predicted,
-                "hit": hit,
-                "scores": p.scores,
-                "prompts": top,
-                "simulated": example.simulated,
-                "jpeg": thumbnail(images.eval_image(example.image, THUMBNAIL)),
-            }
-        )
-    return out
-
-
-def _one_of_each(rows: Sequence[int], labels: Sequence[str]) -> list[int]:
-    """The first row of every label, then the second of every label, and so on."""
-    queues: dict[str, list[int]] = {}
-    for row, label in zip(rows, labels, strict=True):
-        queues.setdefault(label, []).append(row)
-    return [r for turn in itertools.zip_longest(*queues.values()) for r in turn if r is not None]
-
-
-def thumbnail(pixels: np.ndarray) -> str:
-    """A picture as base64 JPEG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def describe(pool: Pool, used: int) -> dict[str, Any]:

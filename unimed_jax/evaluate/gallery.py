@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from PIL import Image
 
 from unimed_jax.data import files
 from unimed_jax.errors import DataError
+from unimed_jax.evaluate import shown
 
 SIDE = 224  # pixels of a thumbnail's longer side
 _STYLE = """
@@ -38,9 +37,7 @@ def thumbnail(pixels: UInt8[np.ndarray, "..."], side: int = SIDE) -> str:
     """A picture as base64 JPEG, its longer side at most so many pixels."""
     image = Image.fromarray(pixels).convert("RGB")
     image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return shown.thumbnail(np.asarray(image))
 
 
 def page(

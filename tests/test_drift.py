@@ -75,6 +75,7 @@ def test_what_decides_the_numbers_is_not_on_the_permitted_list():
         "data.sources",
         "data.split",
         "data.mixture",
+        "data.temperature",
     ):
         assert not any(a == path or a.startswith(f"{path}.") for a in run_folder.MAY_CHANGE)
     for path in ("data.views", "data.crop_scale", "data.crop_ratio", "data.hflip", "data.color_jitter"):

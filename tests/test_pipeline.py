@@ -118,6 +118,16 @@ def test_weight_mode_gives_shares_whatever_the_sizes():
         draws_per_epoch([1], [1.0], "sizes")
 
 
+def test_temperature_lies_between_sizes_and_equal_shares():
+    sizes, weights = (1_000_000, 10_000, 100), (1.0, 1.0, 3.0)
+    at = lambda t: draws_per_epoch(sizes, weights, "temperature", t)
+    assert at(2.0) == pytest.approx([1_010_100 * m / 1130 for m in (1000, 100, 30)], abs=1)
+    even = draws_per_epoch(sizes, (1.0, 1.0, 1.0), "temperature", 1.0)
+    assert even == draws_per_epoch(sizes, (1.0, 1.0, 1.0), "size")
+    assert at(1e9) == pytest.approx(draws_per_epoch(sizes, weights, "weight"), abs=20)
+    assert [sum(at(t)) for t in (1, 2, 5)] == pytest.approx([sum(sizes)] * 3, abs=2)
+
+
 def test_adding_a_source_leaves_the_augmentation_of_the_others_alone():
     numbers = [generator(0, "a", Draw(s, 5, 1), "image").random() for s in (0, 1)]
     assert numbers[0] == numbers[1]  # the name counts, not the place in the list

@@ -137,7 +137,8 @@ class Data:
     sources: tuple[Source, ...] = ()  # empty = every source under root
     split: str = "train"
     tokenizer: str = ""  # tokenizer.json, vocab.txt or a folder with one; default: <root>/tokenizer.json
-    mixture: str = "size"  # size (weight x records) | weight (weights as they are)
+    mixture: str = "size"  # size (weight x records) | weight (weights as they are) | temperature
+    temperature: float = 2.0  # of mixture "temperature": shares of weight x records^(1/temperature)
     crop_scale: tuple[float, float] = (0.9, 1.0)  # area share of RandomResizedCrop
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: bool = False  # the reference has none: left and right matter in medicine

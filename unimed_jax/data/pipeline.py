@@ -207,7 +207,9 @@ def make_mixture(cfg: config.Train, specs: Sequence[config.Source], sizes: Seque
     return mixture.Mixture(
         names=tuple(s.name for s in specs),
         sizes=tuple(sizes),
-        draws=mixture.draws_per_epoch(sizes, [s.weight for s in specs], cfg.data.mixture),
+        draws=mixture.draws_per_epoch(
+            sizes, [s.weight for s in specs], cfg.data.mixture, cfg.data.temperature
+        ),
         seed=cfg.seed,
     )
 

@@ -27,7 +27,7 @@ ROWS = [
     ["infer", "model_folder", "hub"],
     ["train.checkpoint", "train.assemble", "convert"],
     ["models", "parallel", "train"],
-    ["data.pipeline"],
+    ["data.pipeline", "captioning"],
     ["data", "evaluate"],
     ["config_rules", "vectors"],
     ["config"],
@@ -35,7 +35,7 @@ ROWS = [
 ]
 NO_DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "tensorflow"}
 DEVICE_FREE = (
-    *("data", "config", "config_rules", "errors", "evaluate.metrics", "evaluate.tasks"),
+    *("captioning", "data", "config", "config_rules", "errors", "evaluate.metrics", "evaluate.tasks"),
     *(
         "evaluate.multilabel",
         "evaluate.multilabel_metrics",

@@ -21,6 +21,7 @@ VERBS = {
     "search": ("nearest pictures to a text or picture", "unimed_jax.cli.search"),
     "convert": ("weights from and to PyTorch, OpenCLIP and Hugging Face", "unimed_jax.cli.convert"),
     "data": ("build, check, stats, show, overlap", "unimed_jax.cli.data"),
+    "captions": ("captions from labels: generate, template, review, apply", "unimed_jax.cli.captions"),
     "models": ("list and show named models, check a model folder", "unimed_jax.cli.models"),
     "report": ("one HTML page of a run or results folder", "unimed_jax.cli.report"),
     "doctor": ("versions, devices, extras, caches", "unimed_jax.cli.doctor"),

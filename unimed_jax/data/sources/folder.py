@@ -10,6 +10,9 @@ The table is CSV (or .tsv, .jsonl, .parquet) in UTF-8 with these columns; `file`
     modality  one of config.MODALITIES
     patient   any identifier; only a salted hash of it is stored
     split     train (default), val, test, ...
+
+With `label_captions`, a file of `unimed-jax captions`, captions are optional: a row's modality, `anatomy` and `finding`
+(several with ";" between them) say which captions of the file it gets, after its own.
 """
 
 from __future__ import annotations
@@ -17,19 +20,23 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unimed_jax import config
-from unimed_jax.data import limits, windows
+from unimed_jax.data import label_captions, limits, windows
 from unimed_jax.data.record import Caption, Example, hash_patient
 from unimed_jax.data.sources import pictures
 from unimed_jax.errors import DataError, did_you_mean
 
 _COLUMNS = ("file", "caption", "captions", "kind", "labels", "modality", "patient", "split")
+_LABEL_COLUMNS = ("anatomy", "finding")
 _NUMBERED = re.compile(r"caption(\d+)")
+
+
+Labelled = Mapping[label_captions.Key, label_captions.Label]
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -59,6 +66,7 @@ class Folder:
         salt: secret that goes into the hashes of patients; without one, short identifiers can be guessed.
         hide_names: store hashes of file names instead of the names, where these identify people.
         window: of DICOM and NIfTI: lung, brain, ... or CENTRE,WIDTH; default: the file's own.
+        label_captions: file of captions by label, which the rows' modality, anatomy and finding choose from.
     """
 
     raw: Path = field(repr=False)
@@ -69,6 +77,7 @@ class Folder:
     salt: str = field(default="", repr=False)
     hide_names: bool = False
     window: str = ""
+    label_captions: str = ""
 
     def __post_init__(self) -> None:
         windows.parse_window(self.window)  # refused before anything is read
@@ -77,13 +86,16 @@ class Folder:
         """The rows of the table.
 
         Raises:
-            DataError: for a missing folder or table, an unknown column or modality, or a path that leaves the folder.
+            DataError: for a missing folder or table, an unknown column or modality, a path that leaves the folder, or a
+                label without captions in `label_captions`.
         """
         if not Path(self.raw).is_dir():
             raise DataError(f"no folder {self.raw}", "--raw names the folder of the images")
-        return [self._row(values, where) for values, where in read_table(Path(self.captions))]
+        labelled = label_captions.read(Path(self.label_captions)).by_key() if self.label_captions else None
+        rows = read_table(Path(self.captions), labelled=labelled is not None)
+        return [self._row(values, where, labelled) for values, where in rows]
 
-    def _row(self, values: dict[str, str], where: str) -> Row:
+    def _row(self, values: dict[str, str], where: str, labelled: Labelled | None) -> Row:
         file, modality = values.get("file", "").strip(), values.get("modality", "").strip()
         if not file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\0" in file:
             raise DataError(f"{where}: file is {file!r}", "give a path below --raw")
@@ -97,12 +109,16 @@ class Folder:
                 f"{where}: modality is {modality!r}.{hint}", f"one of {', '.join(config.MODALITIES)}"
             )
         salt = self.salt or self.name
+        chosen = [] if labelled is None else _chosen(labelled, values, where)
+        of_labels = [Caption(text=c["text"], kind=c["kind"]) for x in chosen for c in x.captions]
+        labels = _labels(values.get("labels", ""), where)
+        findings = (f"finding:{x.triplet.finding}" for x in chosen)
         return Row(
             key=hash_patient(file, salt) if self.hide_names else file,
             split=values.get("split", "").strip() or "train",
             file=file,
-            captions=_captions(values, where),
-            labels=_labels(values.get("labels", ""), where),
+            captions=(*_captions(values, where), *of_labels),
+            labels=(*labels, *(x for x in findings if x not in labels)),
             modality=modality,
             patient=hash_patient(values.get("patient", "").strip(), salt),
             where=where,
@@ -122,8 +138,12 @@ class Folder:
         )
 
 
-def read_table(path: Path) -> Iterator[tuple[dict[str, str], str]]:
+def read_table(path: Path, *, labelled: bool = False) -> Iterator[tuple[dict[str, str], str]]:
     """Yields (values by column, place) of every row; bytes that are not UTF-8 become lone surrogates.
+
+    Args:
+        path: the table.
+        labelled: whether it says by anatomy and finding which captions a row gets.
 
     Raises:
         DataError: for a missing or malformed table, or an unknown column.
@@ -131,18 +151,18 @@ def read_table(path: Path) -> Iterator[tuple[dict[str, str], str]]:
     csv.field_size_limit(limits.MAX_RECORD_BYTES)
     try:
         if path.suffix == ".parquet":
-            yield from _parquet(path)
+            yield from _parquet(path, labelled)
             return
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
             if path.suffix == ".jsonl":
                 for number, line in enumerate(f, 1):
                     if line.strip():
                         values = json.loads(line)
-                        _check_columns(values, path)
+                        _check_columns(values, path, labelled)
                         yield {k: _text(v) for k, v in values.items()}, f"{path.name} line {number}"
                 return
             reader = csv.DictReader(f, dialect="excel-tab" if path.suffix == ".tsv" else "excel", strict=True)
-            _check_columns(reader.fieldnames or (), path)
+            _check_columns(reader.fieldnames or (), path, labelled)
             for values in reader:
                 if None in values or None in values.values():
                     raise ValueError(f"line {reader.line_num} has another number of columns than the header")
@@ -153,13 +173,13 @@ def read_table(path: Path) -> Iterator[tuple[dict[str, str], str]]:
         raise DataError(f"the table {path} is malformed: {e}", "CSV with a header, in UTF-8") from e
 
 
-def _parquet(path: Path) -> Iterator[tuple[dict[str, str], str]]:
+def _parquet(path: Path, labelled: bool) -> Iterator[tuple[dict[str, str], str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        _check_columns(file.schema_arrow.names, path)
+        _check_columns(file.schema_arrow.names, path, labelled)
         number = 0
         for batch in file.iter_batches():
             for values in batch.to_pylist():
@@ -169,17 +189,46 @@ def _parquet(path: Path) -> Iterator[tuple[dict[str, str], str]]:
         raise ValueError(f"{type(e).__name__}: {str(e)[:100]}") from e
 
 
-def _check_columns(columns: Any, path: Path) -> None:
+def _check_columns(columns: Any, path: Path, labelled: bool) -> None:
+    known = _COLUMNS + _LABEL_COLUMNS * labelled
     for column in columns:
-        if column not in _COLUMNS and not _NUMBERED.fullmatch(column):
+        if column in _LABEL_COLUMNS and not labelled:
             raise DataError(
-                f"{path.name}: unknown column {column!r}.{did_you_mean(column, _COLUMNS)}",
-                f"known: {', '.join(_COLUMNS)}, caption2, caption3, ...",
+                f"{path.name}: column {column} needs the captions of its labels", "--set label_captions=FILE"
+            )
+        if column not in known and not _NUMBERED.fullmatch(column):
+            raise DataError(
+                f"{path.name}: unknown column {column!r}.{did_you_mean(column, known)}",
+                f"known: {', '.join(known)}, caption2, caption3, ...",
             )
     if "file" not in columns:
         raise DataError(f"{path.name} has no column file", "it names the image below --raw")
-    if not any(c in ("caption", "captions") or _NUMBERED.fullmatch(c) for c in columns):
+    if labelled:
+        if lacking := [c for c in ("modality", *_LABEL_COLUMNS) if c not in columns]:
+            raise DataError(
+                f"{path.name} has no column {lacking[0]}", "modality, anatomy and finding choose captions"
+            )
+    elif not any(c in ("caption", "captions") or _NUMBERED.fullmatch(c) for c in columns):
         raise DataError(f"{path.name} has no column caption or captions")
+
+
+def _chosen(labelled: Labelled, values: dict[str, str], where: str) -> list[label_captions.Label]:
+    """The labels of a row, which all must have captions; none for a row without finding."""
+    modality, anatomy = values.get("modality", ""), values.get("anatomy", "")
+    chosen = []
+    for finding in (f.strip() for f in values.get("finding", "").split(";")):
+        if not finding:
+            continue
+        key = label_captions.label_key(modality, anatomy, finding)
+        label = labelled.get(key)
+        if label is None or not label.captions:
+            names = [" / ".join(k) for k in labelled]
+            raise DataError(
+                f"{where}: label {' / '.join(key)!r:.200} has no captions.{did_you_mean(' / '.join(key), names)}",
+                "unimed-jax captions makes them; a row without finding needs none",
+            )
+        chosen.append(label)
+    return chosen
 
 
 def _text(value: Any) -> str:

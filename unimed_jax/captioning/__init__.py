@@ -1,0 +1,1 @@
+"""Captions from labels: by a language model behind an OpenAI-compatible endpoint, or from templates without one."""

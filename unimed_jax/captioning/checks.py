@@ -111,7 +111,8 @@ class Checker:
                 " or a synonym" if triplet.synonyms else ""
             )
         for span in mentions:
-            if words.denied(found, span):
+            # What is itself a denial is not denied by others before it: "nothing abnormal, no finding".
+            if found[span.start] != "no" and words.denied(found, span):
                 return "contradiction", f"it denies {_quote(found, span)}"
         for span in words.spans(found, _ABNORMAL if normal else NORMAL):
             if not words.inside(span, mentions) and not (normal and words.denied(found, span)):

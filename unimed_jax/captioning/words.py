@@ -36,22 +36,18 @@ _END = _STOPS | {
     "shows",
     "demonstrating",
 }
-_BEFORE = tuple(
-    tuple(cue.split())
-    for cue in (
-        "no", "not", "without", "absent", "absence of", "lack of", "lacks", "lacking", "free of", "free from",
-        "negative for", "never", "none", "neither", "nor", "denies", "excluding", "excludes", "excluded",
-        "rule out", "rules out", "ruled out", "ruling out", "isn't", "doesn't", "cannot", "clear of", "devoid of",
-        "unlikely", "resolved",
-    )
+_BEFORE = (
+    "no", "not", "non", "none", "never", "neither", "nor", "nothing", "without", "absent", "absence of", "lack of",
+    "lacks", "lacking", "free of", "free from", "clear of", "devoid of", "negative for", "denies", "fails to",
+    "excluding", "excludes", "excluded", "rule out", "rules out", "ruled out", "ruling out", "isn't", "doesn't",
+    "cannot", "unlikely", "resolved", "instead of", "rather than", "other than",
 )  # fmt: skip
-_AFTER = tuple(
-    tuple(cue.split())
-    for cue in (
-        "is absent", "are absent", "absent", "not seen", "is not", "are not", "not present", "not visible",
-        "not identified", "ruled out", "excluded", "unlikely", "has resolved", "resolved", "isn't", "was not",
-    )
+_AFTER = (
+    "absent", "is absent", "are absent", "is not", "are not", "was not", "were not", "isn't", "cannot", "not seen",
+    "not present", "not visible", "not identified", "ruled out", "excluded", "unlikely", "resolved", "has resolved",
+    "free",
 )  # fmt: skip
+_CUES_BEFORE, _CUES_AFTER = ([tuple(cue.split()) for cue in cues] for cues in (_BEFORE, _AFTER))
 _REACH = 6  # words between a cue and the term
 _REACH_AFTER = 2
 
@@ -129,14 +125,14 @@ def denied(text: Sequence[str], span: Span) -> bool:
         if before[i] in _END:
             before = before[i + 1 :]
             break
-    if _holds(before, _BEFORE):
+    if _holds(before, _CUES_BEFORE):
         return True
     after: list[str] = []
     for word in text[span.end : span.end + _REACH_AFTER + 2]:
         if word in _END or word == ",":
             break
         after.append(word)
-    return any(tuple(after[i : i + len(cue)]) == cue for cue in _AFTER for i in range(_REACH_AFTER + 1))
+    return any(tuple(after[i : i + len(cue)]) == cue for cue in _CUES_AFTER for i in range(_REACH_AFTER + 1))
 
 
 def _holds(text: Sequence[str], cues: Iterable[tuple[str, ...]]) -> bool:

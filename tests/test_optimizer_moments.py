@@ -144,6 +144,8 @@ def test_moments_get_their_names(trained):
         (lambda o: o["state"][0].update(step=float("inf")), "no AdamW of"),
         (lambda o: o["state"][0].update(step=np.zeros(3)), "no AdamW of"),
         (lambda o: [s.update(step=-1) for s in o["state"].values()], "-1 to -1 times"),
+        (lambda o: [s.update(step=2**31) for s in o["state"].values()], "2147483648 times"),
+        (lambda o: o["param_groups"][1].update(lr=float("nan")), "settings are not finite"),
         (lambda o: o["param_groups"][0]["params"].__setitem__(0, 1), "in two groups"),
         (lambda o: o.update(state=[]), "no AdamW of|0 times"),
         (lambda o: o.update(param_groups=3), "no AdamW of"),
@@ -211,10 +213,22 @@ def test_moments_that_are_not_finite_are_all_listed(trained, model, tmp_path):
     states = list(adam.state.values())
     states[1]["exp_avg"].view(-1)[0] = torch.nan
     states[4]["exp_avg_sq"].view(-1)[0] = torch.inf
+    states[5]["exp_avg_sq"].view(-1)[0] = -1.0
     file = torch_unimed.save(tmp_path / "bad.pt", peer, adam)
-    with pytest.raises(DataError, match=r"bad\.pt: 2 moments .*not finite: exp_avg of .*exp_avg_sq of ") as e:
+    with pytest.raises(
+        DataError, match=r"bad\.pt: 3 moments .*not finite.*: exp_avg of .*exp_avg_sq of "
+    ) as e:
         optimizer.of_source(source.open_source(file, fallback=model))
     assert "earlier checkpoint" in e.value.remedy
+
+
+def test_weights_that_were_not_trained_are_listed(trained, model, tmp_path):
+    peer, adam = copy.deepcopy(trained)
+    for p in (peer.visual.proj, peer.logit_scale):
+        del adam.state[p]
+    file = torch_unimed.save(tmp_path / "frozen.pt", peer, adam)
+    with pytest.raises(DataError, match=r"2 weights were not trained .*: logit_scale, visual\.proj"):
+        optimizer.of_source(source.open_source(file, fallback=model))
 
 
 # -- our file ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ ORDERS: dict[str, tuple[str, ...]] = {
 }
 # Tensors of a state dict that are no parameters.
 _BUFFERS = r"(.*\.)?(position_ids|token_type_ids|attn_mask|input_resolution|context_length|vocab_size)"
+_MAX_STEPS = 2**31  # the optimizer counts in 32 bits
 _UNDECAYED = ("bn", "ln", "bias", "logit_scale")  # parts of names
 
 
@@ -234,7 +236,10 @@ def _require_known_order(names: list[str], where: str) -> None:
 def _settings(group: Mapping[str, Any]) -> dict[str, float]:
     b1, b2 = group["betas"]
     rest = {k: float(group[k]) for k in ("lr", "eps", "weight_decay")}
-    return {**rest, "b1": float(b1), "b2": float(b2)}
+    found = {**rest, "b1": float(b1), "b2": float(b2)}
+    if not all(map(math.isfinite, found.values())):
+        raise ValueError(f"settings are not finite: {found}")
+    return found
 
 
 def _refuse_others(
@@ -256,7 +261,7 @@ def _refuse_others(
             f"{list(shapes[wrong[0]])} ({len(wrong)} such)",
             "convert the weights only",
         )
-    if len(steps) != 1 or min(steps) < 0:
+    if len(steps) != 1 or not 0 <= min(steps) < _MAX_STEPS:
         times = f"{min(steps)} to {max(steps)}" if steps else "0"
         raise DataError(f"{where}: parameters were updated {times} times", "convert the weights only")
 
@@ -267,18 +272,28 @@ def of_source(source: Any, *, where: str = "") -> Moments:
     They are laid out like the weights, so the same table moves them.
 
     Raises:
-        DataError: as `from_torch`; and listing the moments that are not finite.
+        DataError: as `from_torch`; and listing weights without moments, and moments that no run leaves: not finite,
+            or means of squares below zero.
     """
     where = where or str(source.path)
     shapes = {name: tuple(x.shape) for name, x in source.state.items()}
     first, second, step, settings = from_torch(source.optimizer, shapes, where=where)
+    if frozen := [n for n in shapes if n not in first and n not in source.ignored]:
+        raise DataError(
+            f"{where}: {len(frozen)} weights were not trained and have no moments: {some(frozen, 40)}",
+            "convert the weights only",
+        )
     broken = []
     for kind, part in (("exp_avg", first), ("exp_avg_sq", second)):
-        broken += [f"{kind} of {n}" for n, x in part.items() if not finite(np.asarray(x, np.float32))]
+        for name, x in part.items():
+            x = np.asarray(x, np.float32)
+            if not finite(x) or (part is second and x.size and x.min() < 0):
+                broken.append(f"{kind} of {name}")
         source.release()
     if broken:
         raise DataError(
-            f"{where}: {len(broken)} moments hold values that are not finite: {some(broken, 40)}",
+            f"{where}: {len(broken)} moments hold values that are not finite, or squares below zero: "
+            f"{some(broken, 40)}",
             "convert the weights only, or take an earlier checkpoint",
         )
     leaves = lambda state: dataclasses.replace(source, state=state).leaves()
@@ -348,7 +363,7 @@ def _about(meta: Mapping[str, str], where: str) -> tuple[int, dict[str, float]]:
     """Updates and settings that a file's header tells."""
     step, settings = meta.get("step", ""), meta.get("settings", "{}")
     try:
-        if re.fullmatch("[0-9]{1,18}", step):
+        if re.fullmatch("[0-9]{1,10}", step) and int(step) < _MAX_STEPS:
             return int(step), {k: float(v) for k, v in json.loads(settings).items()}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         pass

@@ -252,6 +252,18 @@ def test_a_csv_is_fitted_and_applied_by_eval(folder, tmp_path, capsys):
     )
     with pytest.raises(DataError, match="48 of 48 records were used to fit"):
         eval_verb.run([*flags, "--data-root", str(folder / "val"), "--force"])
+    with pytest.raises(DataError, match="calibrated already"):
+        verb.run([str(tmp_path / "o"), "--out", str(tmp_path / "again.json")])
+    plain = [f for f in flags if f not in ("--calibration", str(out))]
+    plain[plain.index(str(tmp_path / "o"))] = str(tmp_path / "v")
+    assert eval_verb.run([*plain, "--data-root", str(folder / "val")]) == 0
+    assert (
+        verb.run([str(tmp_path / "v"), "--out", str(tmp_path / "again.json"), "--tasks", "test", "--ci", "0"])
+        == 0
+    )
+    again = calibration.load(tmp_path / "again.json").tasks[0]
+    assert (again.n, again.prompts_sha256) == (fitted.n, fitted.prompts_sha256)
+    assert again.temperature == pytest.approx(fitted.temperature, rel=1e-3)
 
 
 def test_findings_of_a_csv_are_fitted(folder, tmp_path, capsys):

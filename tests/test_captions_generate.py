@@ -6,6 +6,8 @@ import csv
 import email.utils
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,10 +17,12 @@ from pathlib import Path
 import chat_server
 import pytest
 import small_model
+from PIL import Image
 
-from unimed_jax.captioning import client, generate, prompts
+from unimed_jax.captioning import client, generate, prompts, review
 from unimed_jax.cli import captions as cli
-from unimed_jax.data import label_captions
+from unimed_jax.cli import main
+from unimed_jax.data import label_captions, shards
 from unimed_jax.data.label_captions import Triplet
 from unimed_jax.errors import DataError, Fault, SomeInputsFailed, UsageError
 
@@ -411,6 +415,32 @@ def test_without_the_client_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"unimed-jax\[captions\]"):
         client.Endpoint("http://127.0.0.1:1/v1", "llm")
+
+
+def test_the_documented_commands_run(tmp_path, repo_root, monkeypatch):
+    section = (
+        (repo_root / "docs" / "data.md")
+        .read_text()
+        .partition("## Captions from labels")[2]
+        .partition("\n## ")[0]
+    )
+    table, commands = re.findall(r"```(?:csv|text)\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("labels.csv").write_text(table)
+    Path("images").mkdir()
+    Image.new("L", (20, 20)).save("images/a.png")
+    Path("images/labels.csv").write_text("file,modality,anatomy,finding\na.png,X-ray,chest,no finding\n")
+    with chat_server.serving() as server:
+        for command in commands.replace("http://127.0.0.1:8000/v1", server.url).splitlines():
+            program, *argv = shlex.split(command)
+            assert program == "unimed-jax"
+            if argv[1] == "apply":  # what the page saves
+                digest = review.digest(label_captions.read(Path("captions.json")))
+                saved = {"format": review.FORMAT, "version": review.VERSION, "captions_sha256": digest}
+                Path("decisions.json").write_text(json.dumps(saved | {"decisions": {}}))
+            assert main.dispatch(argv) == 0
+    records = shards.Shards(tmp_path / "records" / "folder", "train")
+    assert [c.kind for c in records[0].captions] == ["llm"] * 10
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ import resource
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from rounds import measure
 
 
 def parse() -> argparse.Namespace:
@@ -45,19 +45,6 @@ def parse() -> argparse.Namespace:
     p.add_argument("--records", default="", help="real pictures, for what perceptual hashes find")
     p.add_argument("--rounds", type=int, default=5)
     return p.parse_args()
-
-
-def measure(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, alternating; every side is warmed up first."""
-    for once in sides.values():
-        once()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, once in sides.items():
-            start = time.perf_counter()
-            once()
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 def show(title: str, times: dict[str, list[float]], ratios: list[tuple[str, str]]) -> None:

@@ -19,9 +19,10 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+from rounds import measure
 
 
 def parse() -> argparse.Namespace:
@@ -123,19 +124,6 @@ def bank_tokens(context: int):
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train_wordpiece(texts, 2000, folder)
     return tokenizer.encode(texts, context)
-
-
-def measure(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, alternating; every side is warmed up first."""
-    for once in sides.values():
-        once()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, once in sides.items():
-            start = time.perf_counter()
-            once()
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 def table(times: dict[str, list[float]], n: int, unit: str, ratios: list[tuple[str, str]]) -> dict:

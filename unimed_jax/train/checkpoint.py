@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from unimed_jax.data import files
 from unimed_jax.errors import DataError
+from unimed_jax.models import clip
 from unimed_jax.train import fingerprint, hygiene, saved_states
 
 DAMAGED = "damaged"  # folder beside the steps for what failed its check
@@ -317,7 +318,7 @@ def _items(state: dict[str, Any]) -> dict[str, Any]:
     """Splits a state into items; all become nested dicts, so that a file does not depend on optax's classes."""
     rest = {k: v for k, v in state.items() if k not in ("params", "ema")}
     items = {k: state[k] for k in ("params", "ema") if k in state} | ({"opt": rest} if rest else {})
-    return {name: saved_states.nested(fingerprint.leaf_paths(tree)) for name, tree in items.items()}
+    return {name: clip.unflatten(fingerprint.leaf_paths(tree)) for name, tree in items.items()}
 
 
 def _state(items: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:

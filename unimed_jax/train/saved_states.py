@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from unimed_jax.errors import DataError
+from unimed_jax.models import clip
 from unimed_jax.train import fingerprint
 
 META_VERSION = 1
@@ -54,7 +55,7 @@ def load_params(
     if name not in meta["leaves"]:
         raise DataError(f"checkpoint {path} keeps no averaged parameters", "read the plain ones")
     shapes = {p: _parse(d) for p, d in meta["leaves"][name].items()}
-    tree = read_items(path, {name: nested(shapes)})[name]
+    tree = read_items(path, {name: clip.unflatten(shapes)})[name]
     verify(tree, meta["leaves"][name], f"checkpoint {path} ({name})")
     return jax.tree.map(np.asarray, tree), meta
 
@@ -97,18 +98,6 @@ def read_meta(step_folder: Path) -> dict[str, Any]:
     if meta["meta_version"] > META_VERSION:
         raise DataError(f"checkpoint {step_folder} was made by a newer unimed_jax", "update the package")
     return meta
-
-
-def nested(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Leaves by path ("a/b") as a tree of dicts."""
-    out: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = out
-        for p in parents:
-            node = node.setdefault(p, {})
-        node[last] = leaf
-    return out
 
 
 def read_items(step_folder: Path, items: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ MRI,knee,meniscal tear,
 CT,chest,normal,
 """
 PNEUMONIA = Triplet(modality="X-ray", anatomy="chest", finding="pneumonia", synonyms=("consolidation",))
+TEXTS = ["A film of a lobe with pneumonia.", "Patchy pneumonia in a chest film."]
 
 
 @pytest.fixture
@@ -269,6 +270,47 @@ def test_a_server_without_json_mode_is_asked_in_words(table, tmp_path):
         assert cli.run(arguments(table, server.url, "--workers", "1")) == 0
     kinds = [r.get("response_format", {}).get("type") for r in server.requests]
     assert kinds == ["json_schema", "json_object", None, None, None, None]
+
+
+def test_parameters_that_a_model_refuses_are_left_out_and_named(tmp_path):
+    def newer(body: dict) -> object:
+        for name, text in (
+            ("max_tokens", "use 'max_completion_tokens'"),
+            ("temperature", "only the default is supported"),
+        ):
+            if name in body:
+                return lambda h, b: h.answer(400, {"error": {"message": text, "param": name}}, {})
+        return (
+            chat_server.status(422, "unknown field `seed`") if "seed" in body else chat_server.gives(*TEXTS)
+        )
+
+    with chat_server.serving(newer) as server:
+        endpoint = client.Endpoint(server.url, "llm")
+        found = generate.run([PNEUMONIA], endpoint, generate.Cache(tmp_path), generate.Settings(k=2))
+    assert [c["text"] for c in found.labels[0].captions] == TEXTS
+    assert len(server.requests) == 4
+    last = server.requests[-1]
+    assert "max_completion_tokens" in last
+    assert last["response_format"]["type"] == "json_schema"
+    assert found.generator["not_sent"] == ["seed", "temperature"]
+
+
+def test_a_server_that_dies_is_not_asked_about_every_label(tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text(
+        "modality,anatomy,finding\n" + "".join(f"CT,liver,lesion {c}\n" for c in "abcdefghijklmnop")
+    )
+    with chat_server.serving([chat_server.good] * 3 + [chat_server.status(500)] * 99) as server:
+        with pytest.raises(SomeInputsFailed, match="39 captions of 13 labels"):
+            cli.run(arguments(table, server.url, "--retries", "1", "--workers", "2"))
+        assert len(server.requests) <= 40
+    found = label_captions.read(tmp_path / "out.json")
+    assert "2 tries" in found.labels[3].more["details"]["unanswered"]
+    assert "not asked" in found.labels[-1].more["details"]["unanswered"]
+    with chat_server.serving() as server:
+        cli.run(arguments(table, server.url))
+    assert len(server.requests) == 13
+    assert {r["seed"] for r in server.requests} == {0}
 
 
 @pytest.mark.parametrize(

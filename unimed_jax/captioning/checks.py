@@ -27,6 +27,7 @@ NORMAL = (
     "no finding",
     "no disease",
 )
+_NO_MATTER = frozenset({"tissue", "mucosa", "study", "image", "scan", "appearance", "exam", "examination"})
 _ABNORMAL = ("abnormal", "abnormality", "pathologic", "pathological", "diseased")
 
 _MONTH = (
@@ -140,8 +141,15 @@ class Checker:
 
 
 def is_normal(triplet: Triplet) -> bool:
-    """Whether a label says that there is no finding."""
-    return words.normalised(triplet.finding) in map(words.normalised, (*NORMAL, "no findings"))
+    """Whether a label says that there is no finding.
+
+    Example:
+        >>> is_normal(Triplet(modality="Fundus", anatomy="retina", finding="normal retina"))
+        True
+    """
+    said, where = (words.normalised(x).split() for x in (triplet.finding, triplet.anatomy))
+    rest = " ".join(w for w in said if w not in where and w not in _NO_MATTER)
+    return rest in map(words.normalised, (*NORMAL, "no findings"))
 
 
 def terms(triplet: Triplet) -> tuple[str, ...]:

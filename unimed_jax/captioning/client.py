@@ -26,7 +26,14 @@ from unimed_jax.errors import DataError, UnimedError, UsageError
 KEY_VARIABLE = "UNIMED_CAPTIONS_API_KEY"
 PIP = 'pip install "unimed-jax[captions]"'
 _AGAIN = {408, 409, 425, 429}
-_FORMAT_REFUSED = {400, 422, 501}
+_UNSUPPORTED = {400, 422, 501}
+# Parameters that some servers or models refuse, and the names to try in turn; empty = it is not sent.
+_NAMES = {
+    "response_format": ("response_format", "response_format", ""),  # see prompts.response_formats
+    "max_tokens": ("max_tokens", "max_completion_tokens", ""),
+    "temperature": ("temperature", ""),
+    "seed": ("seed", ""),
+}
 _SECRET = 8  # characters; local servers take any word for a key, which must not blank out words
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds between tries
 
@@ -44,6 +51,7 @@ class Answer:
     refusal: str = ""
     model: str = ""  # as the server names it
     response_format: str = ""
+    not_sent: str = ""  # parameters that the server refuses, with spaces between them
 
     def json(self) -> dict[str, str]:
         """For the cache."""
@@ -53,6 +61,7 @@ class Answer:
             "refusal": self.refusal,
             "model": self.model,
             "response_format": self.response_format,
+            "not_sent": self.not_sent,
         }
 
 
@@ -121,7 +130,7 @@ class Endpoint:
     sleep: Callable[[float], None] = time.sleep
     _client: Any = field(init=False, repr=False)
     _key: str = field(init=False, repr=False)
-    _format: int = field(init=False, default=0)
+    _tried: dict[str, int] = field(init=False, default_factory=lambda: dict.fromkeys(_NAMES, 0))
     _lock: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -161,11 +170,11 @@ class Endpoint:
 
         why, wait = "", _FIRST_WAIT
         for left in range(self.retries, -1, -1):
-            form, asked = self._format, None
+            tried, asked = dict(self._tried), None
             try:
-                return self._once(messages, form, seed=seed, temperature=temperature, max_tokens=max_tokens)
+                return self._once(messages, tried, seed=seed, temperature=temperature, max_tokens=max_tokens)
             except openai.APIStatusError as e:
-                if e.status_code in _FORMAT_REFUSED and self._give_up_format(form):
+                if e.status_code in _UNSUPPORTED and self._give_up(e, tried):
                     return self.ask(messages, seed=seed, temperature=temperature, max_tokens=max_tokens)
                 if e.status_code not in _AGAIN and e.status_code < 500:
                     raise self._refused(e) from None
@@ -186,10 +195,10 @@ class Endpoint:
                 wait = min(2 * wait, _LONGEST_WAIT)
         raise Unanswered(f"{why} ({self.retries + 1} tries)")
 
-    def _once(self, messages: Sequence[dict[str, str]], form: int, **options: Any) -> Answer:
-        wanted = prompts.response_formats()[form]
-        if wanted:
-            options["response_format"] = wanted
+    def _once(self, messages: Sequence[dict[str, str]], tried: dict[str, int], **values: Any) -> Answer:
+        wanted = prompts.response_formats()[tried["response_format"]]
+        values["response_format"] = wanted
+        options = {name: values[p] for p, names in _NAMES.items() if (name := names[tried[p]])}
         end = time.monotonic() + self.longest
         content, refusal, finish, model, size = [], [], "", "", 0
         with self._client.chat.completions.create(
@@ -214,15 +223,18 @@ class Endpoint:
             refusal=self._clean("".join(refusal)),
             model=self._clean(str(model)),
             response_format=wanted["type"] if wanted else "none",
+            not_sent=" ".join(p for p, names in _NAMES.items() if not names[tried[p]]),
         )
 
-    def _give_up_format(self, form: int) -> bool:
-        """Goes to the next way of asking for JSON; False when there was none to give up."""
+    def _give_up(self, e: Any, tried: dict[str, int]) -> bool:
+        """Leaves out, or names otherwise, the parameter that a refusal is about; False when there is no other way."""
+        said = f"{e.param or ''} {e.message}"
+        about = next((p for p in _NAMES if re.search(rf"\b{p}\b", said)), "response_format")
         with self._lock:
-            if form < len(prompts.response_formats()) - 1:
-                self._format = max(self._format, form + 1)
-                return True
-            return False
+            if tried[about] + 1 == len(_NAMES[about]):
+                return False
+            self._tried[about] = max(self._tried[about], tried[about] + 1)
+            return True
 
     def _refused(self, e: Any) -> UnimedError:
         said = self._clean(e.message)

@@ -29,6 +29,7 @@ from unimed_jax.errors import DataError, Fault
 _TOKENS_EACH = 120  # of an answer, for each caption; doubled for a label whose answer was cut off
 _TOKENS_MORE = 400
 _MOST_DOUBLINGS = 3
+_DEAD = 2  # questions of each thread without answer, in a row: then the rest of the round is not asked
 _SHOWN = 30  # captions that a question repeats, at most
 Progress = Callable[[int, int], None]
 
@@ -53,6 +54,8 @@ class _State:
     rejected: Counter[str] = field(default_factory=Counter)
     details: dict[str, str] = field(default_factory=dict)  # the last detail of each rule
     doublings: int = 0
+    answers: int = 0  # so far, good or bad
+    lost: str = ""  # why the last question got none
 
     def reject(self, rule: str, detail: str) -> None:
         self.rejected[rule] += 1
@@ -128,28 +131,31 @@ def run(
         progress: called with captions that are there, and wanted.
 
     Raises:
-        Fault: when no question of a round was answered; what was answered is kept.
+        Fault: when no question at all was answered.
         UnimedError: when the server refuses all requests; see `Endpoint.ask`.
     """
     checker = checks.Checker(triplets, settings.rules)
     states = [_State(t) for t in triplets]
-    for round_number in range(settings.rounds):
+    not_sent: set[str] = set()
+    for _ in range(settings.rounds):
         lacking = [s for s in states if len(s.captions) < settings.k]
         if not lacking:
             break
-        questions = [_question(s, round_number, endpoint.model, settings) for s in lacking]
+        questions = [_question(s, endpoint.model, settings) for s in lacking]
         answers = _ask_all(questions, endpoint, cache, workers)
-        if all(isinstance(a, Unanswered) for a in answers):
-            raise Fault(f"the endpoint does not answer: {answers[0]}", "run again: answers are kept")
         for state, question, answer in zip(lacking, questions, answers, strict=True):
             _judge(state, question, answer, checker, settings.k)
+            not_sent.update(answer.not_sent.split() if isinstance(answer, Answer) else ())
         progress(sum(len(s.captions) for s in states), settings.k * len(states))
-    return LabelCaptions(
-        labels=[_label(s, settings.k) for s in states], generator=_generator(endpoint, settings, triplets)
-    )
+        if all(isinstance(a, Unanswered) for a in answers):
+            if not any(s.answers for s in states):
+                raise Fault(f"the endpoint does not answer: {answers[0]}", "run again: answers are kept")
+            break
+    generator = _generator(endpoint, settings, triplets) | {"not_sent": sorted(not_sent)}
+    return LabelCaptions(labels=[_label(s, settings.k) for s in states], generator=generator)
 
 
-def _question(state: _State, round_number: int, model: str, settings: Settings) -> dict[str, Any]:
+def _question(state: _State, model: str, settings: Settings) -> dict[str, Any]:
     """Everything that an answer depends on; its hash names the answer."""
     n = settings.k - len(state.captions)
     messages = prompts.messages(
@@ -163,7 +169,7 @@ def _question(state: _State, round_number: int, model: str, settings: Settings) 
     return {
         "model": model,
         "messages": messages,
-        "seed": settings.seed + round_number,
+        "seed": settings.seed + state.answers,  # lost questions are asked again as they were
         "temperature": settings.temperature,
         "max_tokens": (_TOKENS_EACH * n + _TOKENS_MORE) << state.doublings,
     }
@@ -193,12 +199,19 @@ def _ask_all(
     # Daemons, so that an interrupt need not wait for answers; what they store appears at once or not at all.
     for _ in range(min(workers, expected := len(todo))):
         threading.Thread(target=work, daemon=True).start()
-    for _ in range(expected):
+    lost = 0  # in a row
+    while expected:
         i, answer = done.get()
+        expected -= 1
         if isinstance(answer, Exception) and not isinstance(answer, Unanswered):
             todo.clear()
             raise answer  # a refusal of one request is a refusal of all
         answers[i] = answer
+        lost = lost + 1 if isinstance(answer, Unanswered) else 0
+        while lost >= _DEAD * workers and todo:  # do not wait for each of a thousand questions in vain
+            with contextlib.suppress(IndexError):
+                answers[todo.popleft()] = Unanswered(f"not asked, since {lost} others in a row got no answer")
+                expected -= 1
     return [a for a in answers if a is not None]
 
 
@@ -206,8 +219,9 @@ def _judge(
     state: _State, question: dict[str, Any], answer: Answer | Unanswered, checker: checks.Checker, k: int
 ) -> None:
     if isinstance(answer, Unanswered):
-        state.reject("unanswered", str(answer))
+        state.lost = str(answer)
         return
+    state.answers, state.lost = state.answers + 1, ""
     if answer.refusal or answer.finish == "content_filter":
         state.reject("refused", "the model refused" + f": {answer.refusal}" * bool(answer.refusal))
         return
@@ -238,6 +252,8 @@ def _judge(
 
 def _label(state: _State, k: int) -> Label:
     more: dict[str, Any] = {}
+    if state.lost:
+        state.reject("unanswered", state.lost)
     if state.rejected:
         more["rejected"] = dict(sorted(state.rejected.items()))
     if missing := k - len(state.captions):

@@ -8,6 +8,7 @@ refuses too much.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -72,6 +73,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(folded)
 
 
+@functools.lru_cache(maxsize=4096)
 def normalised(text: str) -> str:
     """What two texts share that say the same in the same words: no case, no punctuation, one spelling.
 
@@ -89,7 +91,7 @@ def spans(text: Sequence[str], terms: Iterable[str]) -> list[Span]:
         >>> spans(words("two lung masses"), ["mass", "lung mass"])
         [Span(start=1, end=3), Span(start=2, end=3)]
     """
-    wanted = [w for t in terms if (w := [x for x in words(t) if x[0].isalnum()])]
+    wanted = [w for t in terms if (w := normalised(t).split())]
     found = {
         Span(i, i + len(w))
         for w in wanted

@@ -95,16 +95,22 @@ def test_the_last_look_comes_when_the_work_is_done(tmp_path):
 
 
 def test_what_a_killed_process_left_beside_the_target_is_removed(tmp_path):
+    with files.replacing(tmp_path / "a[1].json") as beside:
+        pattern = beside.name
+        beside.write_text("old")
+    mine = f"-{os.getpid()}.new"
+    assert pattern.endswith(mine)
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         gone.wait()
-    names = {
-        "gone": f".a[1].json.{gone.pid}.new",
-        "alive": f".a[1].json.{os.getppid()}.new",
-        "other": f".b.json.{gone.pid}.new",
-        "old": f".a[1].json.{gone.pid}.old",  # may be all that is left of what was there
-        "foreign": ".a[1].json.x.new",
+    left = {
+        "gone": pattern.replace(mine, f"-{gone.pid}.new"),
+        "alive": pattern.replace(mine, f"-{os.getppid()}.new"),
+        "other": pattern.replace(mine, f"-{gone.pid}.new").replace("a[1]", "b"),
+        "elsewhere": f".a[1].json.00000000-{gone.pid}.new",  # another machine's: who knows
+        "old": pattern.replace(mine, f"-{gone.pid}.old"),  # may be all that is left of what was there
+        "foreign": pattern.replace(mine, "-x.new"),
     }
-    for name in names.values():
+    for name in left.values():
         (tmp_path / name).write_text("half")
     files.write_text(tmp_path / "a[1].json", "whole")
-    assert {p.name for p in tmp_path.iterdir()} == {"a[1].json", *names.values()} - {names["gone"]}
+    assert {p.name for p in tmp_path.iterdir()} == {"a[1].json", *left.values()} - {left["gone"]}

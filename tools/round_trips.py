@@ -50,7 +50,8 @@ def same_tensors(a: Path, b: Path) -> None:
         x, y = np.ascontiguousarray(ours.state[name]), np.ascontiguousarray(theirs.state[name])
         assert x.shape == y.shape, f"{name}: {x.shape} and {y.shape}"
         assert np.array_equal(x.reshape(-1).view(np.uint32), y.reshape(-1).view(np.uint32)), name
-        ours.release(), theirs.release()
+        ours.release()
+        theirs.release()
 
 
 def round_trips(name: str, folder: Path) -> dict[str, str]:

@@ -6,10 +6,12 @@ What was there before stays until the new one stands, and comes back when that f
 from __future__ import annotations
 
 import errno
+import functools
 import glob
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +65,7 @@ def replacing(target: Path, refuse: Callable[[], None] = lambda: None) -> Iterat
     _remove_stale(target)
     if target.exists() and not target.is_file() and not target.is_dir():  # /dev/null would become a file
         raise OSError(errno.EINVAL, "neither a file nor a folder")
-    beside, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    beside, old = _beside(target, "new"), _beside(target, "old")
     try:
         yield beside
         refuse()
@@ -123,12 +125,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _beside(target: Path, kind: str) -> Path:
+    """A name beside the target that no other process has, on any machine that sees the folder."""
+    return target.with_name(f".{target.name}.{_host()}-{os.getpid()}.{kind}")
+
+
+@functools.cache
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
 def _remove_stale(target: Path) -> None:
-    """Removes what processes that were killed have left beside a target; what a living one makes stays."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
-        pid = path.name.split(".")[-2]
+    """Removes what killed processes of this machine have left beside a target; what a living one makes stays."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{_host()}-*.new"):
         try:
-            os.kill(int(pid), 0)
+            os.kill(int(path.name.split("-")[-1].removesuffix(".new")), 0)
         except ProcessLookupError:
             remove(path)
         except (ValueError, OverflowError, PermissionError):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Browser
 from PIL import Image
 
 from unimed_jax.captioning import checks, review
@@ -123,32 +121,35 @@ def test_the_page_stands_alone_and_texts_stay_texts(made, tmp_path):
     assert not [t for t, _ in evil.tags if t in ("img", "b")]
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's script")
-def test_the_pages_script_saves_what_was_clicked(made, tmp_path):
-    """Runs the page's own script against a small stand-in of the document."""
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to open the page")
+def test_the_page_in_a_browser_saves_what_was_clicked(made, tmp_path):
+    cli.run(["review", str(made), "--out", str(tmp_path / "page.html")])
     found = label_captions.read(made)
-    ids = [review.caption_id(x, c["text"]) for x in found.labels for c in x.captions][:3]
-    script = re.search(r"<script>(.*)</script>", review.page(found), re.DOTALL)[1]
-    stage = f"""
-    let handler, saved; const store = {{}};
-    const rows = {json.dumps(ids)}.map(id => ({{id, className: '', querySelectorAll: () => []}}));
-    globalThis.localStorage = {{getItem: k => store[k] || null, setItem: (k, v) => {{ store[k] = v }}}};
-    globalThis.Blob = class {{ constructor(parts) {{ saved = parts.join('') }} }};
-    globalThis.URL = {{createObjectURL: () => 'blob:'}};
-    globalThis.document = {{
-      body: {{dataset: {{sha256: {json.dumps(review.digest(found))}}}}}, querySelectorAll: () => rows,
-      getElementById: () => ({{}}), createElement: () => ({{click() {{}}}}),
-      addEventListener: (name, f) => {{ handler = f }} }};
-    {script}
-    const press = (i, value) => handler({{target: {{value, closest: () => rows[i]}}}});
-    press(0, 'accept'); press(1, 'strike'); press(2, 'strike'); press(2, 'strike');
-    handler({{target: {{id: 'save'}}}});
-    process.stdout.write(saved);
-    """
-    done = subprocess.run(["node", "-e", stage], capture_output=True, text=True, timeout=60, check=True)
-    (tmp_path / "d.json").write_text(done.stdout)
-    decisions = review.read_decisions(tmp_path / "d.json", found)
-    assert decisions == {ids[0]: "accept", ids[1]: "strike"}
+    ids = [review.caption_id(x, c["text"]) for x in found.labels for c in x.captions]
+    # What the page hands to the browser as a download, kept as text.
+    listen = "URL.createObjectURL = blob => { blob.text().then(t => window.saved = t); return '#' }"
+    press = "(id, what) => document.querySelector(`#${id} button[value=${what}]`).click()"
+    with Browser(tmp_path / "profile") as browser:
+        browser.open((tmp_path / "page.html").as_uri())
+        browser.wait("document.getElementById('count') && document.getElementById('count').textContent")
+        for name, what in ((ids[0], "accept"), (ids[1], "strike"), (ids[2], "strike"), (ids[2], "strike")):
+            browser.js(f"({press})({json.dumps(name)}, {json.dumps(what)})")
+        assert (
+            browser.js("document.getElementById('count').textContent") == "1 accepted, 1 struck, 19 undecided"
+        )
+        assert (
+            browser.js(f"getComputedStyle(document.querySelector('#{ids[1]} q')).textDecorationLine")
+            == "line-through"
+        )
+        browser.shoot(tmp_path / "page.png")
+        browser.open((tmp_path / "page.html").as_uri() + "?again")  # decisions outlive the tab
+        browser.wait("location.search === '?again' && document.querySelectorAll('li.strike').length === 1")
+        browser.js(listen + "; document.getElementById('save').click()")
+        browser.wait("window.saved")
+        (tmp_path / "d.json").write_text(browser.js("window.saved"))
+        assert not [a for a in browser.asked if not a.startswith("file:")]
+        assert not browser.said
+    assert review.read_decisions(tmp_path / "d.json", found) == {ids[0]: "accept", ids[1]: "strike"}
 
 
 def decide(captions: Path, decisions: dict[str, str]) -> Path:

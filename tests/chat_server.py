@@ -182,6 +182,7 @@ class Server(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.lock, self.stopped = threading.Lock(), threading.Event()
+        self.handle_error = lambda *_: None  # clients that go away
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 

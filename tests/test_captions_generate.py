@@ -305,8 +305,9 @@ def test_a_server_that_dies_is_not_asked_about_every_label(tmp_path):
             cli.run(arguments(table, server.url, "--retries", "1", "--workers", "2"))
         assert len(server.requests) <= 40
     found = label_captions.read(tmp_path / "out.json")
-    assert "2 tries" in found.labels[3].more["details"]["unanswered"]
-    assert "not asked" in found.labels[-1].more["details"]["unanswered"]
+    lost = [x.more["details"]["unanswered"] for x in found.labels if x.more]
+    assert sum("2 tries" in why for why in lost) >= 4
+    assert sum("not asked" in why for why in lost) >= 4
     with chat_server.serving() as server:
         cli.run(arguments(table, server.url))
     assert len(server.requests) == 13

@@ -12,7 +12,7 @@ from typing import Any
 
 from unimed_jax.captioning import words
 from unimed_jax.data import markers, validate
-from unimed_jax.data.label_captions import Triplet
+from unimed_jax.data.label_captions import Key, Triplet
 from unimed_jax.data.record import Caption
 from unimed_jax.data.sources import modality
 from unimed_jax.evaluate import tasks
@@ -82,6 +82,7 @@ class Checker:
     triplets: Sequence[Triplet]
     rules: Rules = field(default_factory=Rules)
     _taken: dict[str, str] = field(default_factory=dict)
+    _others: dict[Key, tuple[str, ...]] = field(default_factory=dict)
 
     def fault(self, text: str, triplet: Triplet) -> tuple[str, str] | None:
         """The rule that a caption breaks and one line of detail, or None.
@@ -121,15 +122,25 @@ class Checker:
         named = modality.named(text)
         if named and named != triplet.modality:
             return "contradiction", f"it names {named}"
-        for other in self.triplets:
-            if other.key[1] != triplet.key[1] or other.key[2] == triplet.key[2] or is_normal(other):
-                continue
-            theirs = [t for t in terms(other) if words.normalised(t) not in map(words.normalised, own)]
-            for span in words.spans(found, theirs):
-                # A picture without findings has none of the others, so that may be said.
-                if not words.inside(span, mentions) and not (normal and words.denied(found, span)):
-                    return "second_finding", f"it names {_quote(found, span)}"
+        for span in words.spans(found, self._terms_of_others(triplet)):
+            # A picture without findings has none of the others, so that may be said.
+            if not words.inside(span, mentions) and not (normal and words.denied(found, span)):
+                return "second_finding", f"it names {_quote(found, span)}"
         return None
+
+    def _terms_of_others(self, triplet: Triplet) -> tuple[str, ...]:
+        """What other findings of the same anatomy are called; what is a name of this one, too, is left out."""
+        if triplet.key not in self._others:
+            own = set(map(words.normalised, terms(triplet)))
+            others = [
+                t
+                for t in self.triplets
+                if t.key[1] == triplet.key[1] and t.key[2] != triplet.key[2] and not is_normal(t)
+            ]
+            self._others[triplet.key] = tuple(
+                name for t in others for name in terms(t) if words.normalised(name) not in own
+            )
+        return self._others[triplet.key]
 
     def _repeats(self, text: str, triplet: Triplet, _: Rules) -> tuple[str, str] | None:
         same = words.normalised(text)

@@ -25,7 +25,8 @@ li{display:flex;gap:.6em;align-items:baseline;padding:.3em .4em;border-left:4px 
 li.accept{border-color:#1a7f37;background:#eefaf0}li.strike{border-color:#b42318;background:#fdf0ef}
 li.strike q{text-decoration:line-through;color:#777}q{flex:1;quotes:none}small{color:#666}
 button{font:inherit;padding:.1em .6em;cursor:pointer}
-#bar{position:fixed;bottom:0;left:0;right:0;background:#fff;border-top:1px solid #ccc;padding:.6em 1em}
+#bar{position:fixed;bottom:0;left:0;right:0;text-align:center;background:#fff;padding:.6em}
+#bar{border-top:1px solid #ccc}
 @media print{#bar,button{display:none}}"""
 _SCRIPT = """\
 'use strict';

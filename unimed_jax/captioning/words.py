@@ -91,20 +91,26 @@ def spans(text: Sequence[str], terms: Iterable[str]) -> list[Span]:
         >>> spans(words("two lung masses"), ["mass", "lung mass"])
         [Span(start=1, end=3), Span(start=2, end=3)]
     """
-    wanted = [w for t in terms if (w := normalised(t).split())]
-    found = {
-        Span(i, i + len(w))
-        for w in wanted
-        for i in range(len(text) - len(w) + 1)
-        if all(_same(a, b) for a, b in zip(text[i : i + len(w)], w, strict=True))
-    }
+    lexicon, found = _lexicon(tuple(terms)), set()
+    stems = [_singular(w) for w in text]
+    for i, stem in enumerate(stems):
+        for term in lexicon.get(stem, ()):
+            if tuple(stems[i : i + len(term)]) == term:
+                found.add(Span(i, i + len(term)))
     return sorted(found, key=lambda s: (s.start, -s.end))
 
 
-def _same(found: str, wanted: str) -> bool:
-    return found == wanted or _singular(found) == _singular(wanted)
+@functools.lru_cache(maxsize=512)
+def _lexicon(terms: tuple[str, ...]) -> dict[str, list[tuple[str, ...]]]:
+    """Terms in singular by their first word, so that a text is compared with those alone that may stand there."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for term in terms:
+        if stems := tuple(_singular(w) for w in normalised(term).split()):
+            found.setdefault(stems[0], []).append(stems)
+    return found
 
 
+@functools.lru_cache(maxsize=65536)
 def _singular(word: str) -> str:
     for plural, singular in (("ies", "y"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("ses", "sis")):
         if word.endswith(plural) and len(word) > len(plural) + 1:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from unimed_jax.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from unimed_jax.data.medical import Slices
+    from unimed_jax.data.slides import Tiles
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,3 +50,33 @@ def _dashes(arg: str) -> str:
         return arg
     flag, eq, value = arg.partition("=")
     return flag.replace("_", "-") + eq + value
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """What of a file becomes a picture: gray values, slices of a volume, tiles of a slide."""
+    parser.add_argument(
+        "--window", default="", help="lung, brain, bone, ... or CENTRE,WIDTH; default: the file's own"
+    )
+    parser.add_argument(
+        "--slices", default="middle", help="middle, all or every:N, of volumes and files with several frames"
+    )
+    parser.add_argument(
+        "--mpp", type=float, metavar="X", help="microns per pixel of a slide's tiles; 0.5 is 20x"
+    )
+    parser.add_argument("--level", type=int, metavar="N", help="level of a slide, instead of --mpp")
+    parser.add_argument("--tissue", type=float, default=0.25, help="share of a tile that must be tissue")
+    parser.add_argument(
+        "--max-tiles", type=int, default=1000, metavar="N", help="of one slide, spread evenly"
+    )
+
+
+def picture_options(args: argparse.Namespace) -> tuple[tuple[float, float] | None, Slices, Tiles]:
+    """(window, slices, tiles) of `add_picture_arguments`.
+
+    Raises:
+        UsageError: for a window, slices or tiles that are none.
+    """
+    from unimed_jax.data import medical, slides, windows
+
+    tiles = slides.Tiles(mpp=args.mpp, level=args.level, tissue=args.tissue, most=args.max_tiles)
+    return windows.parse_window(args.window), medical.Slices.parse(args.slices), tiles.checked()

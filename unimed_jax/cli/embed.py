@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unimed_jax.cli.args import Parser
+from unimed_jax.cli.args import Parser, add_picture_arguments, picture_options
 from unimed_jax.errors import SomeInputsFailed, UsageError
 
 if TYPE_CHECKING:
@@ -36,20 +36,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype-out", choices=("float16", "float32"), default="float16", help="of the stored vectors"
     )
-    parser.add_argument(
-        "--window", default="", help="lung, brain, bone, ... or CENTRE,WIDTH; default: the file's own"
-    )
-    parser.add_argument(
-        "--slices", default="middle", help="middle, all or every:N, of files with several frames"
-    )
-    parser.add_argument(
-        "--mpp", type=float, metavar="X", help="microns per pixel of a slide's tiles; 0.5 is 20x"
-    )
-    parser.add_argument("--level", type=int, metavar="N", help="level of a slide, instead of --mpp")
-    parser.add_argument("--tissue", type=float, default=0.25, help="share of a tile that must be tissue")
-    parser.add_argument(
-        "--max-tiles", type=int, default=1000, metavar="N", help="of one slide, spread evenly"
-    )
+    add_picture_arguments(parser)
     parser.add_argument(
         "--share",
         default="",
@@ -136,19 +123,13 @@ def run(argv: list[str]) -> int:
 
 
 def _inputs(args: argparse.Namespace) -> Inputs | Texts:
-    from unimed_jax.data import medical, slides, windows
     from unimed_jax.evaluate import inputs
 
     if args.text:
         return inputs.Texts(args.text)
     if args.data:
         return inputs.Records(args.data, args.split)
-    tiles = slides.Tiles(mpp=args.mpp, level=args.level, tissue=args.tissue, most=args.max_tiles).checked()
+    window, slices, tiles = picture_options(args)
     return inputs.Files(
-        args.paths,
-        args.list,
-        window=windows.parse_window(args.window),
-        slices=medical.Slices.parse(args.slices),
-        tiles=tiles,
-        threads=args.threads,
+        args.paths, args.list, window=window, slices=slices, tiles=tiles, threads=args.threads
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unimed_jax.cli import predict_output as output
-from unimed_jax.cli.args import Parser
+from unimed_jax.cli.args import Parser, add_picture_arguments, picture_options
 from unimed_jax.errors import DataError, SomeInputsFailed, UsageError
 
 if TYPE_CHECKING:
@@ -43,20 +43,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--model", required=True, metavar="M", help="model folder or run folder")
     _ask(parser)
-    parser.add_argument(
-        "--window", default="", help="lung, brain, bone, ... or CENTRE,WIDTH; default: the file's own"
-    )
-    parser.add_argument(
-        "--slices", default="middle", help="middle, all or every:N, of volumes and files with several frames"
-    )
-    parser.add_argument(
-        "--mpp", type=float, metavar="X", help="microns per pixel of a slide's tiles; 0.5 is 20x"
-    )
-    parser.add_argument("--level", type=int, metavar="N", help="level of a slide, instead of --mpp")
-    parser.add_argument("--tissue", type=float, default=0.25, help="share of a tile that must be tissue")
-    parser.add_argument(
-        "--max-tiles", type=int, default=1000, metavar="N", help="of one slide, spread evenly"
-    )
+    add_picture_arguments(parser)
     parser.add_argument(
         "--truth", default="", metavar="FILE", help="a CSV with the columns file and label: metrics"
     )
@@ -106,13 +93,11 @@ def run(argv: list[str]) -> int:
     if args.batch_size < 1 or args.threads < 1 or args.ci < 0:
         raise UsageError("--batch-size and --threads must be at least 1, --ci at least 0")
     from unimed_jax.data import found as inputs
-    from unimed_jax.data import medical, slides, windows
     from unimed_jax.evaluate import predict
     from unimed_jax.evaluate.report import require
 
     task = _task(args)
-    window, slices = windows.parse_window(args.window), medical.Slices.parse(args.slices)
-    tiles = slides.Tiles(mpp=args.mpp, level=args.level, tissue=args.tissue, most=args.max_tiles).checked()
+    window, slices, tiles = picture_options(args)
     if not args.paths and not args.list:
         raise UsageError("nothing to score", "give files, folders or lists")
     if args.saliency and not args.report:

@@ -73,6 +73,8 @@ BROKEN = {
         (PNEUMONIA, "Healthy lungs on a film labelled pneumonia."),
         (PNEUMONIA, "CT of the chest with pneumonia."),
         (PNEUMONIA, "Ultrasound view of a lobe with pneumonia."),
+        (PNEUMONIA, "Pneumonia as seen on X-ray and on CT."),
+        (PNEUMONIA, "Pneumonia beside a PET scan of the chest."),
         (NORMAL, "A film that is not normal at all, no finding."),
         (NORMAL, "A normal heart beside an abnormal lung."),
     ],

@@ -119,9 +119,9 @@ class Checker:
         for span in words.spans(found, _ABNORMAL if normal else NORMAL):
             if not words.inside(span, mentions) and not (normal and words.denied(found, span)):
                 return "contradiction", f"it says {_quote(found, span)}"
-        named = modality.named(text)
-        if named and named != triplet.modality:
-            return "contradiction", f"it names {named}"
+        fine = {triplet.modality, *modality.every(" ; ".join((triplet.anatomy, *own)))}
+        if named := [m for m in modality.every(text) if m not in fine]:
+            return "contradiction", f"it names {named[0]}"
         for span in words.spans(found, self._terms_of_others(triplet)):
             # A picture without findings has none of the others, so that may be said.
             if not words.inside(span, mentions) and not (normal and words.denied(found, span)):

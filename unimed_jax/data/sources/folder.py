@@ -77,7 +77,7 @@ class Folder:
     salt: str = field(default="", repr=False)
     hide_names: bool = False
     window: str = ""
-    label_captions: str = ""
+    label_captions: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         windows.parse_window(self.window)  # refused before anything is read

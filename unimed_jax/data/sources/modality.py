@@ -30,7 +30,16 @@ def named(caption: str) -> str:
         >>> named("Axial CT scan of the abdomen"), named("CT and MRI of the same lesion"), named("A red nodule")
         ('CT', '', '')
     """
-    if _OTHERS.search(caption):
-        return ""
+    found = every(caption)
+    return found[0] if len(found) == 1 and found[0] in _PATTERNS else ""
+
+
+def every(caption: str) -> list[str]:
+    """All modalities that a caption names, those that are none of the six by their own word.
+
+    Example:
+        >>> every("CT and MRI of the same lesion"), every("An OCT scan")
+        (['CT', 'MRI'], ['OCT'])
+    """
     found = [name for name, pattern in _PATTERNS.items() if pattern.search(caption)]
-    return found[0] if len(found) == 1 else ""
+    return found + [other[0] for other in _OTHERS.finditer(caption)]

@@ -44,6 +44,7 @@ class Request:
         hf_text: name of the text tower on the hub, written into an OpenCLIP folder instead of the folder's own path.
         verify: compare with PyTorch.
         force: replace an existing target.
+        digest: gives the sha256 of `src`, a file, where it is being computed already (`files.sha256_ahead`).
     """
 
     src: str | Path
@@ -56,6 +57,7 @@ class Request:
     hf_text: str = ""
     verify: bool = False
     force: bool = False
+    digest: Callable[[], str] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -199,7 +201,7 @@ def _foreign(r: Request, tell: Tell) -> Converted:
     words = _words(r.tokenizer or found.tokenizer, m)
     moments = _moments(found) if r.with_optimizer else None
     with ThreadPoolExecutor(1) as pool:
-        origin = pool.submit(_origin, found)  # reads the whole file, beside the conversion
+        origin = pool.submit(_origin, found, r.digest)  # reads the whole file, beside the conversion
         done.read = found.report()
         tell(f"mapped  {done.read}")
         # A model folder is written leaf by leaf; everything else looks at the weights more than once.
@@ -242,7 +244,7 @@ def _tower(r: Request, found: source.Source, done: Converted, tell: Tell) -> Con
     tell(f"mapped  {done.read}")
     if r.verify:
         done.verified = check(found, params, None, tell)
-    origin = _origin(found)
+    origin = _origin(found, r.digest)
     if r.to != "native":
         _write(r, found.model, params, None, lambda: origin, done, tell)
         return done
@@ -262,11 +264,13 @@ def _moments(found: source.Source) -> optimizer.Moments:
     return optimizer.of_source(found)
 
 
-def _origin(found: source.Source) -> card.Origin:
+def _origin(found: source.Source, digest: Callable[[], str] | None) -> card.Origin:
+    if digest is None or not found.path.is_file():  # of a folder, it would be the wrong file's
+        digest = lambda: files.file_sha256(found.weights) if found.weights.is_file() else ""
     said = {k: v for k, v in found.facts.items() if isinstance(v, (str, int, float))}
     return card.Origin(
         file=found.path.name,
-        sha256=files.file_sha256(found.weights) if found.weights.is_file() else "",
+        sha256=digest(),
         format=found.format,
         note=tuple(f"{k}: {v}" for k, v in sorted(said.items())),
     )

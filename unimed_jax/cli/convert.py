@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from unimed_jax.cli.args import Parser
@@ -53,7 +54,10 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
     parser.add_argument("--force", action="store_true", help="replace an existing DST")
     args = parser.parse(argv)
+    from unimed_jax.data import files
 
+    # Gigabytes are hashed while the libraries are loaded.
+    digest = files.sha256_ahead(Path(args.src)) if Path(args.src).is_file() else None
     from unimed_jax import conversion
 
     request = conversion.Request(
@@ -67,6 +71,7 @@ def run(argv: list[str]) -> int:
         hf_text=args.hf_text_name,
         verify=args.verify,
         force=args.force,
+        digest=digest,
     )
     done = conversion.convert(request, (lambda line: None) if args.json else print)
     if args.json:

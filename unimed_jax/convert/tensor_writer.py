@@ -22,6 +22,7 @@ from unimed_jax.data.files import file_sha256
 from unimed_jax.errors import DataError
 
 Item = TypeVar("Item")
+_FLUSHED = 2**28  # bytes after which the disk is told to begin
 
 
 def write_safetensors(
@@ -54,7 +55,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     left = set(shapes)
-    with file.open("wb") as f, _Digest() as digest:
+    with file.open("wb") as f, _Flusher(f.fileno()) as flusher, _Digest() as digest:
         f.write(len(text).to_bytes(8, "little") + text)
         digest.add(0, len(text).to_bytes(8, "little") + text)
         for name, tensor in _ahead(tensors):
@@ -66,6 +67,7 @@ def write_safetensors(
             f.seek(at)
             f.write(data)
             digest.add(at, data)
+            flusher.add(len(data))
         f.flush()
         os.fsync(f.fileno())
     if left:
@@ -81,6 +83,40 @@ def _ahead(items: Iterable[Item]) -> Iterator[Item]:
         while (item := following.result()) is not None:
             following = pool.submit(next, source, None)
             yield item
+
+
+class _Flusher:
+    """Sends what was written to the disk while more is being made: at the end little is left to wait for."""
+
+    def __init__(self, handle: int):
+        self._handle, self._waiting = handle, 0
+        self._work: queue.Queue[bool] = queue.Queue()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
+
+    def __enter__(self) -> _Flusher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        self._work.put(False)
+        self._thread.join()
+        if self._error and kind is None:  # the disk reports it once, so not again at the end
+            raise self._error
+
+    def add(self, size: int) -> None:
+        """Takes note of so many bytes written."""
+        self._waiting += size
+        if self._waiting >= _FLUSHED and self._work.empty():
+            self._waiting = 0
+            self._work.put(True)
+
+    def _run(self) -> None:
+        while self._work.get():
+            try:
+                os.fsync(self._handle)
+            except OSError as e:
+                self._error = e
 
 
 class _Digest:

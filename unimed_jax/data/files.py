@@ -12,7 +12,9 @@ import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Collection, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +49,25 @@ def refuse_folder(folder: Path, own: Collection[str], *, force: bool, what: str)
             f"{folder} exists and is no {what} alone: it holds {others[0]!r}{more}",
             "choose another folder; nothing else is ever deleted",
         )
+
+
+_PIECE = 2**23  # bytes
+
+
+def refuse_sources(outputs: Iterable[Path], sources: Iterable[str | Path]) -> None:
+    """Refuses outputs that would replace what is read, also where older outputs may be replaced.
+
+    Args:
+        outputs: files that are to be written.
+        sources: files that are read.
+
+    Raises:
+        UsageError: naming the first of them.
+    """
+    there = {os.path.realpath(p) for p in outputs if os.path.lexists(p)}
+    for source in sources if there else ():
+        if os.path.realpath(source) in there:
+            raise UsageError(f"{source} is read, and an output has its name", "choose another output")
 
 
 @contextmanager
@@ -100,14 +121,24 @@ def swapped(target: Path, refuse: Callable[[], None] = lambda: None) -> Iterator
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically: beside its place, synced, renamed.
+    """Writes a text file atomically: beside its place, synced, renamed; see `encodable`.
 
     Raises:
         OSError: when it cannot be written; then an older file is as it was.
     """
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(encodable(text), encoding="utf-8")
         sync(beside)
+
+
+def encodable(text: str) -> str:
+    r"""The text in Unicode: bytes of a file name that is no UTF-8 appear as numbers.
+
+    Example:
+        >>> encodable(os.fsdecode(b"M\xfcller.png")), encodable("Müller.png")
+        ('M\\udcfcller.png', 'Müller.png')
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def sync(path: Path) -> None:
@@ -121,8 +152,32 @@ def sync(path: Path) -> None:
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as f:
+        # Large pieces: between two of them a busy interpreter lets this thread wait.
+        piece = memoryview(bytearray(min(_PIECE, os.fstat(f.fileno()).st_size + 1)))
+        while n := f.readinto(piece):
+            digest.update(piece[:n])
+    return digest.hexdigest()
+
+
+def sha256_ahead(path: Path) -> Callable[[], str]:
+    """Begins the SHA-256 of a file in the background; the function that is returned waits for it.
+
+    Raises:
+        OSError: by that function, when the file cannot be read.
+    """
+    done: Future[str] = Future()
+
+    def compute() -> None:
+        try:
+            done.set_result(file_sha256(path))
+        except BaseException as e:
+            done.set_exception(e)
+
+    # A daemon: a refusal in the meantime must not wait for gigabytes.
+    threading.Thread(target=compute, name="sha256", daemon=True).start()
+    return done.result
 
 
 def _beside(target: Path, kind: str) -> Path:

@@ -105,6 +105,22 @@ def test_bad_files_are_listed_and_the_others_unchanged(model, study, tmp_path):
     assert "empty" in errors["=1.jpg"]
 
 
+def test_the_list_of_errors_of_another_command_stays(model, study, tmp_path):
+    other = tmp_path / "e.errors.csv"
+    other.write_text("of predict")
+    with pytest.raises(UsageError, match=r"e\.errors\.csv exists"):
+        run(model, study, "--out", tmp_path / "e.parquet")
+    assert other.read_text() == "of predict"
+    assert run(model, study, "--out", tmp_path / "e.parquet", "--force") == 0
+    assert not other.exists()
+
+
+def test_a_file_name_that_is_no_utf_8_is_embedded(model, study, tmp_path):
+    os.rename(study / "a" / "00.png", os.fsencode(study) + b"/a/M\xfcller.png")
+    assert run(model, study / "a", "--out", tmp_path / "e.parquet") == 0
+    assert embedding_table.read(tmp_path / "e.parquet")[0][-1]["id"].endswith("M\\udcfcller.png")
+
+
 def test_nothing_readable_writes_no_index(model, tmp_path):
     (tmp_path / "x.png").write_text("text")
     with pytest.raises(DataError, match="none of 1 inputs"):

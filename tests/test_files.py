@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import subprocess
 import sys
+import threading
 
+import numpy as np
 import pytest
 
+from unimed_jax.convert import tensor_writer
 from unimed_jax.data import files
-from unimed_jax.errors import DataError
+from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import report
 
 
@@ -90,7 +95,9 @@ def test_the_last_look_comes_when_the_work_is_done(tmp_path):
 
     with pytest.raises(DataError, match="faster"), files.replacing(tmp_path / "out", refuse) as beside:
         beside.write_text("x")
-    assert calls == [[f".out.{os.getpid()}.new"]]
+    ((beside,),) = calls
+    assert beside.startswith(".out.")
+    assert beside.endswith(f"-{os.getpid()}.new")
     assert names(tmp_path) == []
 
 
@@ -114,3 +121,50 @@ def test_what_a_killed_process_left_beside_the_target_is_removed(tmp_path):
         (tmp_path / name).write_text("half")
     files.write_text(tmp_path / "a[1].json", "whole")
     assert {p.name for p in tmp_path.iterdir()} == {"a[1].json", *left.values()} - {left["gone"]}
+
+
+def test_a_digest_is_begun_early_and_says_what_went_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PIECE", 1000)
+    for size in (0, 999, 1000, 2001, 50_000):
+        data = os.urandom(size)
+        (tmp_path / "f").write_bytes(data)
+        want = hashlib.sha256(data).hexdigest()
+        assert files.file_sha256(tmp_path / "f") == files.sha256_ahead(tmp_path / "f")() == want
+    with pytest.raises(FileNotFoundError):
+        files.sha256_ahead(tmp_path / "nothing")()
+
+
+@pytest.mark.parametrize("thread", ["flush", "MainThread"])
+def test_a_disk_that_fails_while_tensors_are_written_is_noticed(tmp_path, monkeypatch, thread):
+    """It reports an error once: to whoever asked, which may be the thread that sends pieces ahead."""
+    monkeypatch.setattr(tensor_writer, "_FLUSHED", 1)
+    real, failed = os.fsync, []
+
+    def fsync(handle):
+        if threading.current_thread().name == thread and not failed:
+            failed.append(handle)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(tensor_writer.os, "fsync", fsync)
+    arrays = {f"t{i}": np.full((50, 50), i, np.float32) for i in range(20)}
+    shapes = {k: v.shape for k, v in arrays.items()}
+    with pytest.raises(OSError, match="No space left"):
+        tensor_writer.write_safetensors(tmp_path / "x.safetensors", shapes, arrays.items())
+    assert failed
+    digest = tensor_writer.write_safetensors(tmp_path / "x.safetensors", shapes, arrays.items())
+    assert digest == files.file_sha256(tmp_path / "x.safetensors")
+
+
+def test_what_is_read_is_never_replaced(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "a.csv")
+    for source in ("a.csv", "link.csv", "../" + tmp_path.name + "/a.csv"):
+        with pytest.raises(UsageError, match="is read"):
+            files.refuse_sources([tmp_path / "new.csv", tmp_path / "a.csv"], [tmp_path / source])
+    files.refuse_sources([tmp_path / "new.csv"], [tmp_path / "new.csv", tmp_path / "a.csv"])
+
+
+def test_a_text_with_the_name_of_a_file_that_is_no_utf_8_is_written(tmp_path):
+    files.write_text(tmp_path / "a.txt", f"{os.fsdecode(b'M' + bytes([252]))},é")
+    assert (tmp_path / "a.txt").read_text("utf-8") == "M\\udcfc,é"

@@ -249,6 +249,28 @@ def test_force_replaces_and_drops_an_old_list_of_errors(model, study, tmp_path):
     assert not (tmp_path / "p.errors.csv").exists()
 
 
+def test_force_never_replaces_what_is_read(model, study, tmp_path):
+    known = found.find_files([study])
+    before = {p: p.read_bytes() for p in known}
+    truth = tmp_path / "t.csv"
+    truth.write_text(f"file,label\n{known[0]},ct\n")
+    for options in ({"out": known[0]}, {"out": truth, "truth": str(truth)}, {"report": str(known[0])}):
+        with pytest.raises(UsageError, match="is read"):
+            run(model, study, **{"out": tmp_path / "p.csv", "force": "", **options})
+    assert {p: p.read_bytes() for p in known} == before
+    assert truth.read_text().startswith("file,label")
+
+
+def test_a_file_name_that_is_no_utf_8_is_scored(model, tmp_path):
+    name = os.fsencode(tmp_path) + b"/M\xfcller.png"
+    with open(name, "wb") as f:
+        Image.fromarray(small_model.pictures(1)[0]).save(f, "PNG")
+    page = tmp_path / "p.html"
+    assert run(model, os.fsdecode(name), out=tmp_path / "p.csv", report=str(page)) == 0
+    assert "M\\udcfcller.png" in (tmp_path / "p.csv").read_text("utf-8")
+    assert "ller.png" in page.read_text("utf-8")
+
+
 def test_two_tables_share_a_folder(model, study, tmp_path):
     assert run(model, study, out=tmp_path / "one.csv") == 0
     assert run(model, study, out=tmp_path / "two.csv") == 0

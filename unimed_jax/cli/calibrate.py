@@ -59,6 +59,7 @@ def run(argv: list[str]) -> int:
     from unimed_jax.data import files
     from unimed_jax.evaluate import calibrate
 
+    files.refuse_sources([out], filter(None, [args.source, args.prompts]))
     if source.is_dir():
         given = [f for f in (*_ONLY_CSV, "multilabel") if getattr(args, f)]
         if given:

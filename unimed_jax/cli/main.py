@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -73,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     debug = "--debug" in argv
     if debug:
         argv.remove("--debug")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name or label that the terminal cannot show ends no work
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = dispatch(argv)
         sys.stdout.flush()

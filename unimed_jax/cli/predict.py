@@ -92,6 +92,7 @@ def run(argv: list[str]) -> int:
     args = _parser().parse(argv)
     if args.batch_size < 1 or args.threads < 1 or args.ci < 0:
         raise UsageError("--batch-size and --threads must be at least 1, --ci at least 0")
+    from unimed_jax.data import files
     from unimed_jax.data import found as inputs
     from unimed_jax.evaluate import predict
     from unimed_jax.evaluate.report import require
@@ -106,6 +107,10 @@ def run(argv: list[str]) -> int:
     if args.report:
         require()
     named = inputs.find(args.paths, args.list, threads=args.threads)
+    lists = [*(x.file for x in named.lists), args.truth, args.prompts, args.calibration]
+    files.refuse_sources(
+        outputs.values(), [*filter(None, lists), *(f for i in named.inputs for f in i.files)]
+    )
     truth = _truth(args, named, task)
 
     from unimed_jax import config, infer, parallel

@@ -58,9 +58,12 @@ def run(argv: list[str]) -> int:
     for path in filter(None, (args.out, args.html)):
         if Path(path).exists() and not args.force:
             raise UsageError(f"{path} exists", "choose another name, or --force to replace it")
+    from unimed_jax.data import files
     from unimed_jax.evaluate import embedding_table
 
     index = embedding_table.Index(args.index)
+    outputs = [Path(p) for p in (args.out, args.html) if p]
+    files.refuse_sources(outputs, [*index.files, *filter(None, [args.image])])
     if not len(index):
         raise DataError("the index has no rows", "embed something")
     query, own = _query(args, index)

@@ -143,6 +143,9 @@ def to_parquet(
         raise UsageError(f"dtype is {dtype!r}", " or ".join(embedding_table.DTYPES))
     target = target_of(Path(out), *share)
     check_target(target, force)
+    folder = target.with_name(f".{target.name}.parts")
+    if errors_of(target).exists() and not folder.exists() and not force:
+        raise UsageError(f"{errors_of(target)} exists", "choose another --out, or --force to replace it")
     facts = Facts(
         content="text" if isinstance(inputs, Texts) else "image",
         dim=loaded.cfg.embed_dim,
@@ -152,7 +155,6 @@ def to_parquet(
         code=__version__,
     )
     mine = share_of(len(inputs), *share)
-    folder = target.with_name(f".{target.name}.parts")
     size = _plan(folder, facts, inputs, share, _BATCHES * loaded.batch_size, force)
     result = Done(path=target, inputs=len(mine), rows=0)
     names: list[Path] = []

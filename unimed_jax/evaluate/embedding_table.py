@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -67,11 +68,8 @@ def table(facts: Facts, rows: Sequence[Mapping[str, Any]], vectors: Float[np.nda
     import pyarrow as pa
 
     plan = schema(facts)
-    arrays = [
-        pa.array([r.get(f.name, 0 if f.name == "frame" else "") for r in rows], f.type)
-        for f in plan
-        if f.name != "embedding"
-    ]
+    said = lambda r, name: r.get(name, 0) if name == "frame" else files.encodable(r.get(name, ""))
+    arrays = [pa.array([said(r, f.name) for r in rows], f.type) for f in plan if f.name != "embedding"]
     flat = pa.array(np.ascontiguousarray(vectors, facts.dtype).reshape(-1))
     arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=plan.field("embedding").type))
     return pa.Table.from_arrays(arrays, schema=plan)

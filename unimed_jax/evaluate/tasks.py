@@ -142,7 +142,7 @@ _SENTENCES = (
     "{kind} showing {label}",
     "{kind} of {label}",
     "{label} as seen in {kind}",
-    "the findings of this {kind} are consistent with {label}",
+    "the findings in {kind} are consistent with {label}",
 )
 _KINDS = {  # spelling without case or punctuation -> phrase
     "": "a medical image",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -291,6 +292,15 @@ def test_help_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert "build" in done.stdout
+
+
+def test_help_names_a_default_once_and_only_where_there_is_one(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(["build", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "processes (default: 1)" in text
+    assert "may be rejected (default: 0.001) --set" in text  # its own words are enough
+    assert not re.search(r"default: (None|False|True|\[\]|)\)", text)
 
 
 def test_the_installed_command(phantom):

@@ -12,12 +12,22 @@ if TYPE_CHECKING:
     from unimed_jax.data.slides import Tiles
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default only where there is one to name, and once."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or isinstance(action.default, bool) or action.default in ("", [])
+        if nothing or "default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError and suggests the closest flag."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _Help)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:

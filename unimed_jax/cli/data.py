@@ -28,14 +28,16 @@ def _parser() -> Parser:
         "build",
         help="write the records of a source",
         description=_sources_help(),
-        formatter_class=argparse.HelpFormatter,
     )
     build.add_argument("source", help="name of a source")
     build.add_argument("--raw", help="folder of the raw data")
     build.add_argument("--captions", help="table of captions")
     build.add_argument("--name", help="name of the source, where it can be chosen")
     tars = verbs.add_parser(
-        "import-wds", help="write the records of web-dataset tars, UniMed's own among them"
+        "import-wds",
+        help="write the records of web-dataset tars, UniMed's own among them",
+        description="Writes the records of web-dataset tars: pictures with a .txt, or a .json with caption, text or "
+        "captions; --name SOURCE reads those of UniMed by their own rules.",
     )
     tars.add_argument("raw", metavar="TARS", help="a tar, or a folder with tars")
     tars.add_argument(
@@ -64,7 +66,7 @@ def _parser() -> Parser:
 def _add_export_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", required=True, help="root folder of all sources; written to OUT/SOURCE/1.0.0")
     verb.add_argument("--shards", type=int, help="files a split (default: by size)")
-    verb.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    verb.add_argument("--workers", type=int, default=1, help="processes")
     verb.add_argument(
         "--shard-range",
         default="",

@@ -24,7 +24,11 @@ def _parser() -> Parser:
     from unimed_jax.cli import embedding_tasks, suite
     from unimed_jax.evaluate import multilabel, tasks
 
-    parser = Parser("unimed-jax eval", description="Zero-shot classification with 95 % intervals by subject.")
+    parser = Parser(
+        "unimed-jax eval",
+        description="Zero-shot classification of records (--data) or of data sets on the disk (--suite), with 95 % "
+        "intervals by subject; on records also retrieval and linear probes.",
+    )
     parser.add_argument("--model", required=True, metavar="M", help="model folder or run folder")
     parser.add_argument("--data", default="", metavar="DIR", help="records: a root of sources, or one source")
     parser.add_argument("--split", default="test", help="of every source")

@@ -12,19 +12,22 @@ from unimed_jax.errors import UnimedError, UsageError, did_you_mean
 
 # verb: (one line of help, module with `run(argv) -> int | None`)
 VERBS = {
-    "quickstart": ("embedded default: build data, train, evaluate, report", "unimed_jax.cli.quickstart"),
+    "quickstart": (
+        "the main job on real images: records, training, evaluation, report",
+        "unimed_jax.cli.quickstart",
+    ),
     "train": ("train from a config; the same command again resumes", "unimed_jax.cli.train"),
-    "eval": ("zero-shot evaluation of a model on records", "unimed_jax.cli.eval"),
+    "eval": ("evaluate a model: zero-shot, suites of data sets, retrieval, probes", "unimed_jax.cli.eval"),
     "calibrate": ("scores to probabilities: fit on validation records", "unimed_jax.cli.calibrate"),
     "demo": ("a web page on this machine: scores and saliency of a picture", "unimed_jax.cli.demo"),
     "predict": ("score image files against labels, to CSV", "unimed_jax.cli.predict"),
     "embed": ("pictures, records or texts to vectors, to Parquet", "unimed_jax.cli.embed"),
     "search": ("nearest pictures to a text or picture", "unimed_jax.cli.search"),
     "convert": ("weights from and to PyTorch, OpenCLIP and Hugging Face", "unimed_jax.cli.convert"),
-    "data": ("build, check, stats, show, overlap", "unimed_jax.cli.data"),
+    "data": ("records: build, import-wds, check, stats, show, overlap", "unimed_jax.cli.data"),
     "captions": ("captions from labels: generate, template, review, apply", "unimed_jax.cli.captions"),
-    "models": ("list and show named models, check a model folder", "unimed_jax.cli.models"),
-    "report": ("one HTML page of a run or results folder", "unimed_jax.cli.report"),
+    "models": ("named models and model folders: list, show, fetch, check", "unimed_jax.cli.models"),
+    "report": ("one HTML page of a run or results folder, or of two compared", "unimed_jax.cli.report"),
     "doctor": ("versions, devices, extras, caches", "unimed_jax.cli.doctor"),
 }
 

@@ -32,8 +32,14 @@ def add_parser(verbs: Any) -> None:
         "could not be read.",
     )
     add = parser.add_argument
-    add("a", help="records, ROOT@SPLIT, or a folder of pictures; usually what was trained on")
-    add("b", nargs="?", default="", help="the same of what is evaluated on; default: A with itself")
+    add("a", metavar="A", help="records, ROOT@SPLIT, or a folder of pictures; usually what was trained on")
+    add(
+        "b",
+        nargs="?",
+        metavar="B",
+        default="",
+        help="the same of what is evaluated on; default: A with itself",
+    )
     add("--suite", default="", metavar="S", help="instead of B: the sets of a suite, in --data-root")
     add("--data-root", default="", metavar="DIR", help="folder of the suite's data sets")
     add("--sets", default="", metavar="X,Y", help="only these sets of the suite")

@@ -87,6 +87,16 @@ def test_what_is_no_volume_stays_single_pictures(tmp_path, headers):
     assert names(found.find([tmp_path]).inputs) == [["0.dcm"], ["1.dcm"]]
 
 
+def test_orientations_that_were_rounded_differently_are_one(tmp_path):
+    """0.125 lies between two hundredths: noise must not cut the volume in two."""
+    for k in range(4):
+        turned = [1, 0, 0, 0, 0.9921567, 0.125 + (1e-6 if k % 2 else -1e-6)]
+        write_slice(tmp_path / f"{k}.dcm", k, ImageOrientationPatient=turned)
+    write_slice(tmp_path / "other.dcm", 1, ImageOrientationPatient=[1, 0, 0, 0, 0.98, 0.199])
+    inputs = found.find([tmp_path]).inputs
+    assert names(inputs) == [["0.dcm", "1.dcm", "2.dcm", "3.dcm"], ["other.dcm"]]
+
+
 def test_folders_keep_slices_apart(scan):
     """Slices that someone sorted into folders, or copied, are not put together."""
     (scan / "b").mkdir()
@@ -171,10 +181,12 @@ def test_latin_1_is_read_and_said(tmp_path):
         ("file,path\na,b\n", "the columns 'file' and 'path', which mean the same"),
         ("label,file\na\n,\nb,\n", "line 2 and 1 more lines name no file"),
         ('file\n"a\n', "is no CSV"),
+        ("file;label\na;b\n", "has ';' between its columns"),
+        ("\ufefffile,label\na,b\n".encode("utf-16"), "is UTF-16"),
     ],
 )
 def test_bad_lists_are_refused(tmp_path, text, words):
-    (tmp_path / "l.csv").write_text(text)
+    (tmp_path / "l.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=words):
         tables.read_list(tmp_path / "l.csv")
 

@@ -20,6 +20,7 @@ from unimed_jax.data import dicom, medical
 
 _SECTIONAL = frozenset(["CT", "MR", "PT", "NM"])
 _AT_ONCE = 256  # files
+_TURN = 0.01  # between the direction cosines of slices of one volume
 _HEAD = 1 << 16  # bytes in which a header ends, nearly always
 _TAGS = [
     "StudyInstanceUID",
@@ -39,6 +40,7 @@ _TAGS = [
 @dataclass(frozen=True, slots=True)
 class _Slice:
     key: tuple[Any, ...]  # equal for the slices of one volume
+    turned: tuple[float, ...]  # direction cosines of the rows and columns
     sectional: bool
     position: float | None  # mm along the normal of the slice
     number: int | None
@@ -62,17 +64,33 @@ def volumes(files: Sequence[Path], *, threads: int = 4) -> list[tuple[Path, ...]
             part = files[first : first + _AT_ONCE]
             # Parsing holds the interpreter: threads only wait for the disk.
             found += [_slice(p, head) for p, head in zip(part, pool.map(_head, part), strict=True)]
-    together: dict[Any, list[int]] = {}
-    for i, s in enumerate(found):
-        together.setdefault(i if s is None else s.key, []).append(i)
     out: list[tuple[int, tuple[Path, ...]]] = []
-    for members in together.values():
+    for members in _together(found):
         order = _order([(i, found[i]) for i in members]) if len(members) > 1 else None
         if order:
             out.append((members[0], tuple(files[i] for i in order)))
         else:
             out += [(i, (files[i],)) for i in members]
     return [v for _, v in sorted(out, key=lambda v: v[0])]
+
+
+def _together(found: Sequence[_Slice | None]) -> list[list[int]]:
+    """Numbers of the files of one key and orientation, which may differ by as much as scanners round."""
+    groups: dict[Any, list[list[int]]] = {}
+    turned: dict[int, tuple[float, ...]] = {}  # of the first file of a group
+    for i, s in enumerate(found):
+        same = groups.setdefault(i if s is None else s.key, [])
+        mine = turned[i] = s.turned if s else ()
+        near = next((g for g in same if _near(turned[g[0]], mine)), None)
+        if near is None:
+            same.append([i])
+        else:
+            near.append(i)
+    return [g for same in groups.values() for g in same]
+
+
+def _near(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return len(a) == len(b) and all(abs(x - y) <= _TURN for x, y in zip(a, b, strict=True))
 
 
 def _order(members: Sequence[tuple[int, Any]]) -> list[int] | None:
@@ -141,6 +159,7 @@ def _place(ds: Any, folder: Path) -> _Slice | None:
         position = round(sum(n * x for n, x in zip(normal, corner, strict=True)), 3)
     number = ds.get("InstanceNumber")
     ids = (str(ds.get(k) or "") for k in ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID"))
-    key = (folder, series, *ids, ds.get("Rows"), ds.get("Columns"), tuple(round(v, 2) for v in turned))
+    key = (folder, series, *ids, ds.get("Rows"), ds.get("Columns"))
     modality = str(ds.get("Modality", ""))
-    return _Slice(key, modality in _SECTIONAL, position, None if number in (None, "") else int(number))
+    numbered = None if number in (None, "") else int(number)
+    return _Slice(key, tuple(turned), modality in _SECTIONAL, position, numbered)

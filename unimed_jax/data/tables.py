@@ -74,6 +74,8 @@ def read(file: Path) -> Table:
     except OSError as e:
         raise DataError(f"{file} cannot be read ({e.strerror or type(e).__name__})") from e
     notes = []
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{file} is UTF-16", "save it as CSV UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -121,6 +123,9 @@ def _column(table: Table, names: Sequence[str], *, needed: bool) -> int | None:
         titles = " and ".join(repr(table.header[k]) for k in found)
         raise DataError(f"{table.file} has the columns {titles}, which mean the same", "keep one of them")
     if not found and needed:
+        between = next((s for s in (";", "\t") if s in table.header[0]), "")
+        if between and len(table.header) == 1:
+            raise DataError(f"{table.file} has {between!r} between its columns", "save it with commas")
         hint = did_you_mean(names[0], table.header)
         titles = ", ".join(t[:40] for t in table.header[:12])
         raise DataError(f"{table.file} has no column {names[0]!r}.{hint}", f"there are: {titles}")

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,6 +251,39 @@ def test_a_model_is_the_last_evidence(sets, tmp_path):
     }
 
 
+def test_copies_that_are_not_listed_are_no_news_to_a_model(tmp_path):
+    for i in range(30):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        scene(0).save(tmp_path / "a" / f"{i:02d}.png")
+    scene(1).save(tmp_path / "a" / "other.png")
+    loaded = small_model.loaded(tmp_path / "m", batch_size=8)
+    found = overlap.audit(inputs.Files([tmp_path / "a"]), loaded=loaded, cosine=-1)
+    assert found.counts["bytes"]["pairs"] == 30 * 29 // 2
+    assert {found.b.ids[p.b] for p in found.pairs if p.kind == "embedding"} == {
+        str(tmp_path / "a" / "other.png")
+    }
+
+
+def test_a_twin_is_found_from_either_side(monkeypatch):
+    """Of a dense cluster the nearest of an early picture all come later: the pair is theirs."""
+    z = np.ones((60, 8), np.float32) + 0.02 * np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    names = [str(i) for i in range(60)]
+    pixels = [n.encode() for n in names]
+    prints = overlap.Prints(
+        name="x", ids=names, numbers=list(range(60)), stored=names, pixels=pixels, hashes=[()] * 60
+    )
+    monkeypatch.setattr(overlap, "fingerprint", lambda *_, **__: prints)
+    monkeypatch.setattr(overlap, "_embeddings", lambda *_: z)
+    near = np.argsort(-(z @ z.T), axis=1)[:, 1 : overlap.MOST + 1]
+    found = overlap.audit([], loaded=SimpleNamespace(cfg=SimpleNamespace(name="m"), digest=""), cosine=0.9)
+    pairs = {(p.a, p.b) for p in found.pairs}
+    crowded = Counter(max(i, j) for j in range(60) for i in near[j].tolist())
+    for j in range(60):
+        for i in near[j].tolist():
+            assert (min(i, j), max(i, j)) in pairs or crowded[max(i, j)] > overlap.MOST
+
+
 def test_records_splits_and_suites(tmp_path, capsys):
     pytest.importorskip("array_record")
     from unimed_jax.data import export, shards
@@ -305,6 +340,7 @@ def test_pictures_that_cannot_be_read_are_listed(sets, tmp_path):
         (["A", "B", "--threads", "0"], "at least 1"),
         (["A", "B", "--slices", "first"], "middle, all or every:N"),
         (["A", "B", "--out", "there.csv"], "exists"),
+        (["A", "B", "--out", ".", "--force"], "is a folder"),
     ],
 )
 def test_wrong_requests_are_refused(sets, tmp_path, monkeypatch, args, words):

@@ -167,6 +167,11 @@ def test_text_ranks_as_the_model_does(here, capsys):
     assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
+def test_more_hits_than_rows_take_no_memory(here, capsys):
+    verb.run(["--index", "e.parquet", "--like", "in/3.png", "-k", str(10**12), "--json"])
+    assert len(hits(capsys)) == 11
+
+
 def test_like_needs_no_model_and_leaves_itself_out(here, capsys):
     verb.run(["--index", "e.parquet", "--like", "in/3.png", "-k", "11", "--json"])
     found = hits(capsys)
@@ -248,6 +253,7 @@ def test_another_model_is_refused_in_one_line(here, tmp_path):
         (["--text", "a"], "need --model"),
         (["--like", "a", "-k", "0"], "at least 1"),
         (["--like", "a", "--image", "b"], "not allowed"),
+        (["--like", "a", "--out", ".", "--force"], "is a folder"),
         ([], "required"),
     ],
 )

@@ -54,6 +54,8 @@ def run(argv: list[str]) -> int:
     if args.ci < 0 or args.batch_size < 1 or args.threads < 1:
         raise UsageError("--ci must be at least 0, --batch-size and --threads at least 1")
     out, source = Path(args.out), Path(args.source)
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", "give a file name")
     if out.exists() and not args.force:
         raise UsageError(f"{out} exists", "choose another --out, or --force to replace it")
     from unimed_jax.data import files

@@ -76,8 +76,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("a suite stands in the place of B", "give B or --suite")
     if bool(args.suite) != bool(args.data_root):
         raise UsageError("--suite and --data-root belong together", "give both, or B")
-    errors = Path(args.out).with_name(f"{Path(args.out).stem}.errors.csv") if args.out else None
+    beside = Path(args.out)
+    errors = beside.with_name(f"{beside.stem}.errors.csv") if beside.name else None
     for path in filter(None, (args.out, errors, args.html)):
+        if Path(path).is_dir():
+            raise UsageError(f"{path} is a folder", "give a file name")
         if Path(path).exists() and not args.force:
             raise UsageError(f"{path} exists", "choose another name, or --force to replace it")
     a, b, failed = _open(args)

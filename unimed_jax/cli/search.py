@@ -56,6 +56,8 @@ def run(argv: list[str]) -> int:
     if args.data and not args.html:
         raise UsageError("--data is for --html", "leave it out, or give both")
     for path in filter(None, (args.out, args.html)):
+        if Path(path).is_dir():
+            raise UsageError(f"{path} is a folder", "give a file name")
         if Path(path).exists() and not args.force:
             raise UsageError(f"{path} exists", "choose another name, or --force to replace it")
     from unimed_jax.data import files

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from unimed_jax.infer import Loaded
 KINDS = ("bytes", "pixels", "phash", "embedding")
 MOST = 20  # pairs listed for one picture and one kind, the closest first; all are counted
 COSINE = 0.98
+_DEEPEST = 256  # copies of a picture behind which a model's neighbours are still looked for
 
 Progress = Callable[[int, int], None]
 
@@ -282,21 +284,40 @@ def _nearby(
 def _seen(
     out: Audit, loaded: Loaded, a: Inputs, b: Inputs | None, threads: int, progress: Progress | None
 ) -> Iterator[_Found]:
-    """Embeddings with a large cosine, of pictures that nothing else has paired; at most `MOST` of each are counted."""
+    """Embeddings with a large cosine, of pictures that nothing else pairs; at most `MOST` of each are counted."""
     z_a = _embeddings(loaded, a, out.a, threads, progress)
     z_b = _embeddings(loaded, b, out.b, threads, progress) if b is not None else z_a
-    known = {(p.a, p.b) for p in out.pairs}
-    k = MOST + 1 + max((sum(1 for _ in g) for _, g in groupby(sorted(p.b for p in out.pairs))), default=0)
+    k = min(len(z_a), MOST + 1 + _most_stronger(out))
     scores, rows = search.top_k(z_b, (z_a[i : i + search.SLAB] for i in range(0, len(z_a), search.SLAB)), k)
     assert out.cosine is not None
+    found: dict[int, dict[int, float]] = {}
     for j in range(len(z_b)):
-        pairs = [
-            Pair("embedding", i, j, cosine=s)
-            for s, i in zip(scores[j].tolist(), rows[j].tolist(), strict=True)
-            if s >= out.cosine and (i, j) not in known and not (out.itself and i >= j)
-        ][:MOST]
-        if pairs:
-            yield pairs, len(pairs)
+        for s, i in zip(scores[j].tolist(), rows[j].tolist(), strict=True):
+            first, second = (min(i, j), max(i, j)) if out.itself else (i, j)
+            if s >= out.cosine and not (out.itself and i == j) and not _stronger(out, first, second):
+                found.setdefault(second, {}).setdefault(first, s)
+    for j, near in sorted(found.items()):
+        best = sorted(near.items(), key=lambda x: (-x[1], x[0]))[:MOST]
+        yield [Pair("embedding", i, j, cosine=s) for i, s in best], len(best)
+
+
+def _stronger(out: Audit, i: int, j: int) -> bool:
+    """Whether anything but a model pairs two pictures, listed or not."""
+    a, b = out.a, out.b
+    if a.stored[i] == b.stored[j] or a.pixels[i] == b.pixels[j]:
+        return True
+    return any((x ^ y).bit_count() <= out.distance for x in a.hashes[i] for y in b.hashes[j])
+
+
+def _most_stronger(out: Audit) -> int:
+    """At most how many pictures of a are listed or counted with one of b: so many neighbours are no news."""
+    copies = max(
+        (len(g) for values in (out.a.stored, out.a.pixels) for g in _groups(values).values()), default=0
+    )
+    listed = max(
+        Counter(x for p in out.pairs for x in ((p.a, p.b) if out.itself else (p.b,))).values(), default=0
+    )
+    return min(max(copies, listed), _DEEPEST)
 
 
 def _embeddings(

@@ -139,7 +139,8 @@ def search(
     Raises:
         UsageError: see `top_k`.
     """
-    scores, numbers = top_k(queries, index.slabs(_height(len(index), SLAB)), k, mesh=mesh)
+    slabs = index.slabs(_height(len(index), SLAB))
+    scores, numbers = top_k(queries, slabs, min(k, max(len(index), 1)), mesh=mesh)
     wanted = sorted(set(numbers.ravel().tolist()) - {-1})
     said = dict(zip(wanted, index.rows(wanted), strict=True))
     return [

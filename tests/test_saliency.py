@@ -256,6 +256,14 @@ def test_a_map_lies_where_the_model_looked(height, width):
     assert np.abs(centre(heat.astype(np.float64)) - centre(picture.astype(np.float64))).max() < 1 + side / 10
 
 
+def test_a_stripe_of_one_pixel_is_shown():
+    for height, width in ((1, 1000), (1000, 1), (1, 1), (7, 100_000)):
+        heat, seen = saliency.place(np.ones((32, 32), np.float32), height, width)
+        assert heat.shape == seen.shape == (height, width)
+        assert heat[seen].min() == 1
+        assert seen.any()
+
+
 def test_the_overlay_keeps_the_picture_where_nothing_was_found():
     picture = pictures(1)[0]
     heat, seen = np.zeros((32, 32), np.float32), np.ones((32, 32), bool)

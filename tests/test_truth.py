@@ -68,6 +68,19 @@ def test_names_are_relative_to_the_list_the_folder_or_absolute(scans, tmp_path):
     assert got.counts == {"pictures or volumes without truth": 9}
 
 
+def test_a_name_in_several_folders_is_nobodys(scans, tmp_path):
+    """Whose truth it is cannot be guessed: the first folder's would be taken for everybody's."""
+    (scans / "b" / "00.png").write_bytes((scans / "a" / "02.png").read_bytes())
+    folders = [scans / "a", scans / "b"]
+    named = found.find(folders)
+    lists = [listing(tmp_path / "t.csv", "file,label", "02.png,ct", "00.png,mri")]
+    with pytest.raises(DataError, match=r"line 3 of the truth names '00.png', which is in several folders"):
+        truth.match(named, lists, folders, TASK)
+    beside = [listing(scans / "b" / "t.csv", "file,label", "00.png,mri")]
+    got = truth.match(named, beside, folders, TASK)
+    assert [named.inputs[n].files[0] for n in got.said] == [scans / "b" / "00.png"]
+
+
 def test_a_folder_speaks_for_what_no_nearer_row_speaks_of(scans):
     got = match(scans, "file,label,patient", ".,mri,p0", "a,ct,p1", "a/00.png,mri,p2")
     assert [got.words[n] for n in range(12)] == ["mri", *["ct"] * 5, *["mri"] * 6]

@@ -243,12 +243,23 @@ def place(
     """
     size = shown.shape[0]
     new, (left, top) = eval_crop(width, height, size)
-    x0, x1 = (round(x * width / new[0]) for x in (left, left + size))
-    y0, y1 = (round(y * height / new[1]) for y in (top, top + size))
+    x0, x1 = _span(left, size, width, new[0])
+    y0, y1 = _span(top, size, height, new[1])
     heat, seen = np.zeros((height, width), np.float32), np.zeros((height, width), bool)
     heat[y0:y1, x0:x1] = _resize(shown, (x1 - x0, y1 - y0))
     seen[y0:y1, x0:x1] = True
     return heat, seen
+
+
+def _span(start: int, length: int, side: int, resized: int) -> tuple[int, int]:
+    """Where a stretch of the resized side lies on the side itself: one pixel at least.
+
+    Example:
+        >>> _span(16, 32, 128, 64), _span(15984, 32, 1000, 32000)
+        ((32, 96), (500, 501))
+    """
+    first, last = (round(x * side / resized) for x in (start, start + length))
+    return (first, last) if first < last else (min(first, side - 1), min(first, side - 1) + 1)
 
 
 def overlay(

@@ -132,14 +132,23 @@ class _Places:
                 self._folders[folder].append(number)
 
     def of(self, entry: Entry, bases: Sequence[Path]) -> tuple[list[int], int]:
-        """(numbers of the inputs, depth of the name: of a file beyond any folder)."""
+        """(numbers of the inputs, depth of the name: of a file beyond any folder).
+
+        Raises:
+            DataError: when it is in several of the folders that were named, and not beside the list.
+        """
         names = [os.path.abspath(os.path.join(base, entry.name)) for base in bases]
-        for name in names:
-            if name in self._files:
-                return [self._files[name]], 1 << 16
-        for name in names:
-            if name in self._folders:
-                return self._folders[name], name.count(os.sep)
+        for known in (self._files, self._folders):
+            there = [n for n in dict.fromkeys(names) if n in known]
+            if names[0] not in known and len(set(names[1:-1]) & set(there)) > 1:
+                raise DataError(
+                    f"line {entry.line} of the truth names {entry.name[:80]!r}, which is in several folders",
+                    "write the folder, too",
+                )
+            if there and known is self._files:
+                return [self._files[there[0]]], 1 << 16
+            if there:
+                return self._folders[there[0]], there[0].count(os.sep)
         return [], 0
 
 

@@ -271,6 +271,24 @@ def test_a_file_name_that_is_no_utf_8_is_scored(model, tmp_path):
     assert "ller.png" in page.read_text("utf-8")
 
 
+def test_half_replaced_outputs_have_no_record(model, study, tmp_path, monkeypatch):
+    from unimed_jax.data import files
+
+    assert run(model, study, out=tmp_path / "p.csv") == 0
+    real = files.write_text
+
+    def full(path, text):
+        if path.name == "p.run.json":
+            raise OSError(28, "No space left on device")
+        real(path, text)
+
+    monkeypatch.setattr(files, "write_text", full)
+    with pytest.raises(DataError, match="No space left"):
+        run(model, study, out=tmp_path / "p.csv", labels="a,b,c", force="")
+    assert "score: c" in (tmp_path / "p.csv").read_text()
+    assert not (tmp_path / "p.run.json").exists()
+
+
 def test_two_tables_share_a_folder(model, study, tmp_path):
     assert run(model, study, out=tmp_path / "one.csv") == 0
     assert run(model, study, out=tmp_path / "two.csv") == 0

@@ -148,6 +148,7 @@ def write(
         "run": json.dumps(record, indent=1, ensure_ascii=False) + "\n",
     }
     try:
+        outputs["run"].unlink(missing_ok=True)  # half-replaced files must not look like a whole result
         for name, text in texts.items():
             if text:
                 files.write_text(outputs[name], text)

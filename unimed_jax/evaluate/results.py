@@ -263,7 +263,14 @@ def read(folder: str | Path) -> dict[str, Any]:
 
 
 def _lines(rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in rows]
+    r"""Rows of a Markdown table; names of classes may hold anything.
+
+    Example:
+        >>> _lines([("a|b", "<i>")])
+        ['| a\\|b | &lt;i> |']
+    """
+    safe = lambda text: " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    return [f"| {' | '.join(map(safe, row))} |" for row in rows]
 
 
 def _findings_table(t: FindingsResult) -> list[str]:

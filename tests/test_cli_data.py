@@ -161,6 +161,7 @@ def test_rejects_and_max_bad(raw, tmp_path, capsys):
     [
         (["build", "fantom", "--out", "o"], "no source 'fantom'. Did you mean \"phantom\""),
         (["build", "folder", "--out", "o"], "source folder needs --raw, --captions"),
+        (["build", "folder", "--otu", "o"], 'data: unknown argument --otu. Did you mean "--out"?'),
         (["build", "phantom", "--out", "o", "--set", "sise=3"], 'Did you mean "size"'),
         (["build", "phantom", "--out", "o", "--set", "n=many"], "n='many' is not of type int"),
         (["build", "phantom", "--out", "o", "--set", "n"], "--set n is not KEY=VALUE"),

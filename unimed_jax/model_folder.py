@@ -111,7 +111,10 @@ def _named(path: str | Path) -> str | Path:
 def _no_model(path: str) -> UsageError:
     if path in zoo.MODELS:
         return zoo.absent(path)
-    return UsageError(f"no model folder or run at {path!r}.{did_you_mean(path, zoo.MODELS)}", "give a folder")
+    return UsageError(
+        f"no model at {path!r}.{did_you_mean(path, zoo.MODELS)}",
+        "give a model folder, a run, a checkpoint of another library, or a name of unimed-jax models list",
+    )
 
 
 def _read_config(folder: Path) -> tuple[config.Model, str]:

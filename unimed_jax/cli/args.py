@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage and exiting."""
-        raise UsageError(f"{self.prog}: {message}", f"{self.prog} --help")
+        raise UsageError(f"{self.prog.removeprefix('unimed-jax ')}: {message}", f"{self.prog} --help")
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Parses; `--flag_name` is the same as `--flag-name`.
@@ -41,13 +41,17 @@ class Parser(argparse.ArgumentParser):
             UsageError: for an unknown flag, with the closest known one.
         """
         argv = [_dashes(a) for a in argv]
-        args, unknown = self.parse_known_args(argv)
+        known = [s for p in self._all_parsers() for a in p._actions for s in a.option_strings]
+        try:
+            args, unknown = self.parse_known_args(argv)
+        except UsageError:  # what is missing may be there, misspelt
+            flags = argv[: argv.index("--")] if "--" in argv else argv
+            unknown = [a for a in flags if a.startswith("--") and a.split("=")[0] not in known]
+            if not unknown:
+                raise
         if unknown:
-            known = [s for p in self._all_parsers() for a in p._actions for s in a.option_strings]
             word = unknown[0].split("=")[0]
-            raise UsageError(
-                f"{self.prog}: unknown argument {word}.{did_you_mean(word, known)}", f"{self.prog} --help"
-            )
+            self.error(f"unknown argument {word}.{did_you_mean(word, known)}")
         return args
 
     def _all_parsers(self) -> list[argparse.ArgumentParser]:

@@ -161,16 +161,14 @@ def _sources(root: Path, split: str, names: list[str]) -> list[Shards]:
     if unknown:
         raise UsageError(f"no source {unknown[0]!r} in {root}", f"there are: {', '.join(found)}")
     wanted = {n: folder for n, folder in found.items() if not names or n in names}
-    have = [n for n, folder in wanted.items() if split in shards.Manifest.read(folder).splits]
+    splits = {n: shards.Manifest.read(folder).splits for n, folder in wanted.items()}
+    have = [n for n, named in splits.items() if split in named]
     lacking = [n for n in names if n not in have]
+    there = f"there are: {', '.join(sorted({s for m in splits.values() for s in m}))}"
     if lacking:  # asked for by name, it is not left out silently
-        raise DataError(
-            f"source {lacking[0]} has no split {split!r}", "unimed-jax data stats shows the splits"
-        )
+        raise DataError(f"source {lacking[0]} has no split {split!r}", there)
     if not have:
-        raise DataError(
-            f"no source in {root} has the split {split!r}", "unimed-jax data stats shows the splits"
-        )
+        raise DataError(f"no source in {root} has the split {split!r}", there)
     return [shards.Shards(wanted[n], split) for n in have]
 
 

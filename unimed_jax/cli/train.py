@@ -35,10 +35,10 @@ def run(argv: list[str]) -> int:
         print(settings(load_config(args.config, {}) if args.config else config.Train()))
         return 0
     if not args.config:
-        raise UsageError("unimed-jax train: --config is missing", f"one of {', '.join(shipped())}, or a file")
+        raise UsageError("train: --config is missing", f"one of {', '.join(shipped())}, or a file")
     cfg = config_rules.validate(load_config(args.config, overrides))
     if not args.workdir and not args.dry_run:
-        raise UsageError("unimed-jax train: --workdir is missing", "--workdir=DIR, or --dry_run")
+        raise UsageError("train: --workdir is missing", "--workdir=DIR, or --dry_run")
     if args.workdir and "://" in args.workdir:
         raise UsageError(f"--workdir {args.workdir} is a URL", "mount the bucket and give the folder")
 

@@ -68,7 +68,10 @@ def open_source(name: str, options: Mapping[str, Any]) -> RecordSource:
             )
     missing = [p for p in parameters.values() if p.default is p.empty and p.name not in options]
     if missing:
-        raise UsageError(f"source {name} needs {', '.join('--' + p.name for p in missing)}")
+        raise UsageError(
+            f"source {name} needs {', '.join('--' + p.name for p in missing)}",
+            "docs/data.md describes each source",
+        )
     given = {k: _convert(name, k, v, parameters[k].annotation) for k, v in options.items()}
     return make(**entry.fixed, **given)
 

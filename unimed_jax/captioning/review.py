@@ -24,6 +24,7 @@ h2{font-size:1.05em;margin:1.6em 0 .4em}ol{list-style:none;padding:0;margin:0}
 li{display:flex;gap:.6em;align-items:baseline;padding:.3em .4em;border-left:4px solid #ccc;margin:.25em 0}
 li.accept{border-color:#1a7f37;background:#eefaf0}li.strike{border-color:#b42318;background:#fdf0ef}
 li.strike q{text-decoration:line-through;color:#777}q{flex:1;quotes:none}small{color:#666}
+@media(max-width:560px){li{flex-wrap:wrap}q{flex-basis:100%}}
 button{font:inherit;padding:.1em .6em;cursor:pointer}
 #bar{position:fixed;bottom:0;left:0;right:0;text-align:center;background:#fff;padding:.6em}
 #bar{border-top:1px solid #ccc}

@@ -20,8 +20,8 @@ _STYLE = """
 body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:1100px;padding:0 1rem}
 section{display:flex;flex-wrap:wrap;gap:1rem}
 figure{margin:0;padding:.6rem;border:1px solid #8885;border-radius:6px;max-width:100%;box-sizing:border-box}
-figure div{display:flex;gap:.4rem;flex-wrap:wrap}
-figure span{width:224px;max-width:45vw}
+figure div{display:flex;gap:.4rem}
+figure span{width:224px;min-width:0}
 img{display:block;max-width:100%;background:#000}
 i{display:block;height:120px;background:#8883;padding:.5rem;font-style:normal;box-sizing:border-box}
 figcaption,small{overflow-wrap:anywhere}

@@ -131,7 +131,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def intervals(task: Mapping[str, Any]) -> str:
-    """The task's metric with its interval, above the references and chance, as one SVG.
+    """The task's metric with its interval, above the references and chance, as one SVG; empty without a value.
 
     Args:
         task: as in results.json.
@@ -143,14 +143,16 @@ def intervals(task: Mapping[str, Any]) -> str:
     rows = [("this model", task["values"][metric])]
     rows += [(name, r["values"][metric]) for name, r in task["references"].items()]
     rows = [(name, v) for name, v in rows if v["value"] is not None]
-    with _figure(task["name"], 6.4, 0.75 + 0.32 * max(len(rows), 1)) as (figure, axes):
+    if not rows:
+        return ""
+    with _figure(task["name"], 6.4, 0.75 + 0.32 * len(rows)) as (figure, axes):
         for y, (name, v) in enumerate(reversed(rows)):
             colour = _LINES[0] if name == "this model" else _LINES[1]
             if v["low"] is not None:
                 axes.plot([v["low"], v["high"]], [y, y], color=colour, lw=2.4, solid_capstyle="round")
             axes.plot([v["value"]], [y], "o", color=colour, ms=7)
         axes.axvline(task["chance"], color=_INK, lw=1, ls=(0, (3, 3)), alpha=0.6)
-        axes.text(task["chance"], len(rows) - 0.45, " chance", fontsize=8, va="bottom")
+        axes.text(task["chance"] + 0.008, len(rows) - 0.45, "chance", fontsize=8, va="bottom")
         axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
         axes.set_xlim(0, 1.02)
         axes.set_ylim(-0.6, len(rows) - 0.1)

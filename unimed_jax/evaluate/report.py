@@ -119,6 +119,7 @@ def from_predictions(
     page = {
         "title": "Predictions",
         "facts": facts,
+        "asked": "Findings seen" if run["settings"].get("multilabel") else "Predicted classes",
         "predicted": rows,
         "pictures": [_shown(p) for p in pictures],
         "errors": [dict(e) for e in errors],

@@ -182,6 +182,19 @@ def test_like_needs_no_model_and_leaves_itself_out(here, capsys):
         verb.run(["--index", "e.parquet", "--like", "in/99.png"])
 
 
+def test_rows_are_shared_over_all_devices_of_the_machine(here, capsys, monkeypatch):
+    seen, real = [], search.top_k
+
+    def spy(*args, mesh, **options):
+        seen.append(mesh.size)
+        return real(*args, mesh=mesh, **options)
+
+    monkeypatch.setattr(search, "top_k", spy)
+    verb.run(["--index", "e.parquet", "--like", "in/3.png", "-k", "3", "--json"])
+    assert seen == [len(jax.local_devices())]
+    assert len(hits(capsys)) == 3
+
+
 def test_outputs(here, tmp_path, capsys):
     Path("in/5.png").rename("in/5.gone")
     try:

@@ -69,9 +69,13 @@ def run(argv: list[str]) -> int:
     if not len(index):
         raise DataError("the index has no rows", "embed something")
     query, own = _query(args, index)
+    import jax
+
+    from unimed_jax import config, parallel
     from unimed_jax.evaluate import search
 
-    found = search.search(index, query[None], args.k + (own >= 0))[0]
+    mesh = parallel.make_mesh(config.Mesh(), jax.local_devices())
+    found = search.search(index, query[None], args.k + (own >= 0), mesh=mesh)[0]
     hits = [h for h in found if h["row"] != own][: args.k]
     for rank, hit in enumerate(hits, 1):
         hit["rank"] = rank

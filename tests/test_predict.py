@@ -402,7 +402,7 @@ def test_eval_writes_results_and_a_page(model, records, tmp_path, capsys):
         (["--tasks", "modality"], "none of 24 records"),
         (["--tasks", "phantom_modality,phantom_modality"], "given twice"),
         (["--data", "/nonexistent"], "no folder"),
-        (["--model", "/nonexistent"], "no model folder"),
+        (["--model", "/nonexistent"], "no model at"),
         (["--ci", "-1"], "--ci must be"),
     ],
 )
@@ -418,6 +418,18 @@ def test_eval_refuses(model, records, tmp_path, change, words):
         eval_verb.run([x for pair in base.items() for x in pair])
     assert words in e.value.line()
     assert not (tmp_path / "e").exists()
+
+
+def test_eval_leaves_what_others_wrote(model, records, tmp_path):
+    """A table of predict may have the name of a part of the results."""
+    mine = tmp_path / "e" / "predictions.csv"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    command = ["--model", str(model), "--data", str(records), "--tasks", "phantom_modality", "--ci", "0"]
+    for place, words in ((mine.parent, "predictions.csv"), (mine, "is a file")):
+        with pytest.raises(UsageError, match=words):
+            eval_verb.run([*command, "--out", str(place)])
+    assert mine.read_text() == "mine"
 
 
 def test_an_empty_folder_names_the_pattern(model, tmp_path):

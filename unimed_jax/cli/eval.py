@@ -67,14 +67,15 @@ def _parser() -> Parser:
 def run(argv: list[str]) -> int:
     """Evaluates and writes the results; refusals propagate as UnimedError."""
     from unimed_jax.cli import embedding_tasks
+    from unimed_jax.evaluate import results
 
     args = _parser().parse(argv)
     beyond = embedding_tasks.wanted(args)
     if args.ci < 0 or args.batch_size < 1 or args.threads < 1:
         raise UsageError("--ci must be at least 0, --batch-size and --threads at least 1")
     out = Path(args.out)
-    if (out / "results.json").exists() and not args.force and not beyond:
-        raise UsageError(f"{out} holds results already", "choose another --out, or --force to replace them")
+    if not beyond:
+        results.check_target(out, force=args.force)
     if args.in_sample and not args.calibration:
         raise UsageError("--in-sample belongs to --calibration", "leave it out")
     if args.calibration and beyond:

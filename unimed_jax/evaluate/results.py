@@ -26,6 +26,7 @@ FILES = (
     "predictions.csv",
     "examples.json",
 )
+ERRORS = "errors.csv"  # what of a suite could not be used
 USE = "Research use only, not a medical device."
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\0")
 _COLUMNS = (
@@ -214,10 +215,7 @@ class Results:
             DataError: when the disk is full or the folder cannot be written.
         """
         folder = Path(folder)
-        if (folder / FILES[0]).exists() and not force:
-            raise UsageError(
-                f"{folder} holds results already", "choose another --out, or --force to replace them"
-            )
+        check_target(folder, force=force)
         predictions = [{"task": t.task.name} | p.row() for t in self.tasks for p in t.predictions]
         examples = {t.task.name: t.examples for t in (*self.tasks, *self.findings)}
         texts = {
@@ -244,6 +242,21 @@ class Results:
                 f"{folder} cannot be written: {e.strerror or e}", "free space or check permissions"
             ) from e
         return folder
+
+
+def check_target(folder: Path, *, force: bool) -> None:
+    """Refuses a folder in which something would be replaced: results, or anything that has the name of a part of them.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, results are a folder", "choose another --out")
+    there = [n for n in (*FILES, findings_results.FILE, ERRORS) if (folder / n).exists()]
+    if there and not force:
+        raise UsageError(
+            f"{folder} holds results already ({there[0]})", "choose another --out, or --force to replace them"
+        )
 
 
 def read(folder: str | Path) -> dict[str, Any]:

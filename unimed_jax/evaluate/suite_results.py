@@ -23,7 +23,6 @@ from unimed_jax.evaluate.metrics import METRICS, Value
 from unimed_jax.evaluate.results import Results, TaskResult
 
 OVERALL = "overall"
-_ERRORS = "errors.csv"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -189,11 +188,11 @@ class SuiteResults(Results):
         out = Results.save(self, folder, force=force)
         try:
             if self.bad:
-                files.write_text(out / _ERRORS, results.to_csv(self.bad, ("set", "file", "reason")))
+                files.write_text(out / results.ERRORS, results.to_csv(self.bad, ("set", "file", "reason")))
             else:
-                (out / _ERRORS).unlink(missing_ok=True)
+                (out / results.ERRORS).unlink(missing_ok=True)
         except OSError as e:
-            raise DataError(f"{out / _ERRORS} cannot be written: {e.strerror or e}") from e
+            raise DataError(f"{out / results.ERRORS} cannot be written: {e.strerror or e}") from e
         return out
 
 

@@ -109,6 +109,12 @@ def test_platt_equals_scikit_learn():
     assert p.figures["brier"]["before"].value == pytest.approx(want)
 
 
+def test_a_threshold_separates_neighbouring_floats():
+    p = np.array([0.5, np.nextafter(0.5, 1)])
+    assert p[0] < calibration_fit.best_threshold(p, np.array([0, 1])) <= p[1]
+    assert calibration_fit.best_threshold(p[:1], np.array([1])) == p[0]
+
+
 def test_what_cannot_be_fitted_is_refused_or_left_with_the_reason():
     log_p, labels, subject, keys = classes(29)
     with pytest.raises(DataError, match="29 records are too few"):

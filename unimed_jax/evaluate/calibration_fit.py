@@ -184,7 +184,8 @@ def best_threshold(p: Float[np.ndarray, "n"], truth: Int[np.ndarray, "n"]) -> fl
     f1 = 2 * np.cumsum(there)[ends] / (ends + 1 + there.sum())
     best = int(ends[f1.argmax()])
     below = ranked[best + 1] if best + 1 < len(ranked) else ranked[best]
-    return float((ranked[best] + below) / 2)
+    between = (ranked[best] + below) / 2  # of neighbouring floats the lower one
+    return float(between if between > below else ranked[best])
 
 
 def _out_of_fold(

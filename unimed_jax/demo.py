@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -207,14 +208,14 @@ def build(desk: Desk, *, labels: Sequence[str] = ("normal", "abnormal"), task: s
 
     with gr.Blocks(title="unimed_jax", analytics_enabled=False) as page:
         gr.HTML(
-            f"<h2>unimed_jax</h2><p>{html.escape(desk.model.describe())}</p>"
+            f"<h2>unimed_jax</h2><p>{html.escape(', '.join(re.split('  +', desk.model.describe())))}</p>"
             f"<p class='uj-soft'>{html.escape(results.USE)} {html.escape(saliency.NOTE)} "
             "Text burned into pictures is shown. Everything stays on this machine; uploads are deleted when "
             "the page ends.</p>"
         )
         with gr.Row():
             with gr.Column(min_width=300):
-                file = gr.File(label="Picture, DICOM or NIfTI file", type="filepath", height=140)
+                file = gr.File(label="Picture, DICOM or NIfTI file", type="filepath", height=160)
                 classes = gr.Dropdown([OWN, *tasks.names()], value=first, label="Classes")
                 words = gr.Textbox(
                     "\n".join(labels), label="Labels, one a line", lines=3, visible=first == OWN

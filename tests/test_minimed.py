@@ -21,15 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_model
 from PIL import Image
 
 from unimed_jax import config
+from unimed_jax.data import found, images
 from unimed_jax.data.minimed import captions as cap
 from unimed_jax.data.minimed import ct, fetch, histology, mri, pipget, pixels, split, xray
 from unimed_jax.data.minimed.facts import Facts, Picture
 from unimed_jax.data.minimed.packages import IMAGES, WEIGHTS, Package
 from unimed_jax.data.minimed.source import Minimed, png
 from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate import predict, tasks
 
 needs_assets = pytest.mark.skipif(
     not all(map(fetch.have, IMAGES)), reason="python -m unimed_jax.data.minimed.fetch (630 MB) was not run"
@@ -574,6 +577,27 @@ def test_real_examples_are_whole_true_and_without_header_values():
         assert item.picture.facts.subject not in example.image.decode("latin1")
         assert example.simulated == item.picture.facts.simulated
     assert {e.picture.facts.modality for e in by_subject.values()} == set(config.MODALITIES)
+
+
+@pytest.mark.assets
+@needs_assets
+def test_real_pictures_go_through_predict_as_through_the_evaluator(tmp_path):
+    """Every picture of the holdout as a file of its own: all scored, and as the records are."""
+    source, loaded = Minimed(), small_model.loaded(tmp_path / "tokenizer", batch_size=32)
+    task, want = tasks.load("modality"), {}
+    for i, item in enumerate(i for i in real_items() if i.split == "holdout"):
+        example = source.example(item)
+        file = tmp_path / "pictures" / f"{i:03d}"  # without suffix: the content says what it is
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(example.image)
+        want[str(file)] = images.eval_image(example.image, loaded.image_size)
+    assert len(want) == 223
+    done = predict.predict(loaded, found.find_files([tmp_path / "pictures"]), task)
+    assert done.errors == []
+    assert [r["file"] for r in done.rows] == list(want)
+    scores = loaded.classify(np.stack(list(want.values())), task.classes)
+    got = np.array([[r["scores"][c] for c in task.classes] for r in done.rows])
+    np.testing.assert_allclose(got, scores, atol=1e-5)
 
 
 @pytest.mark.assets

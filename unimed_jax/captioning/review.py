@@ -109,14 +109,7 @@ def read_decisions(path: Path, found: LabelCaptions) -> dict[str, str]:
     Raises:
         DataError: for a file that cannot be read, is none, or belongs to other captions.
     """
-    try:
-        if path.stat().st_size > limits.MAX_RECORD_BYTES:
-            raise DataError(f"{path} has more than {limits.MAX_RECORD_BYTES} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise DataError(f"{path} cannot be read ({e.strerror or type(e).__name__})") from e
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path} is no JSON: {str(e)[:100]}", "save the page's decisions again") from e
+    values = files.read_json(path, "save the page's decisions again", most=limits.MAX_RECORD_BYTES)
     decisions = values.get("decisions") if isinstance(values, dict) else None
     if not isinstance(decisions, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise DataError(f"{path} holds no decisions about captions", "the review page saves them")

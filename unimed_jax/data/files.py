@@ -9,6 +9,7 @@ import errno
 import functools
 import glob
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from unimed_jax.errors import DataError, UsageError
 
@@ -139,6 +141,28 @@ def encodable(text: str) -> str:
         ('M\\udcfcller.png', 'Müller.png')
     """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_json(path: Path, remedy: str, *, missing: str = "", most: int | None = None) -> Any:
+    """The content of a JSON file in UTF-8.
+
+    Args:
+        path: the file.
+        remedy: what to do when it is no JSON.
+        missing: what to do when it cannot be read.
+        most: bytes that it may have.
+
+    Raises:
+        DataError: when it cannot be read, is too large or no JSON.
+    """
+    try:
+        if most is not None and path.stat().st_size > most:
+            raise DataError(f"{path} has more than {most} bytes")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise DataError(f"{path} cannot be read ({e.strerror or type(e).__name__})", missing) from e
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{path} is no JSON: {str(e)[:100]}", remedy) from e
 
 
 def sync(path: Path) -> None:

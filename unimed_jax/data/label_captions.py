@@ -211,14 +211,7 @@ def _read_csv(path: Path) -> LabelCaptions:
 
 
 def _read_json(path: Path) -> LabelCaptions:
-    try:
-        if path.stat().st_size > limits.MAX_FILE_BYTES:
-            raise DataError(f"{path} has more than {limits.MAX_FILE_BYTES} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise DataError(f"{path} cannot be read ({e.strerror or type(e).__name__})") from e
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path} is no JSON: {str(e)[:100]}", "unimed-jax captions writes such files") from e
+    values = files.read_json(path, "unimed-jax captions writes such files", most=limits.MAX_FILE_BYTES)
     if not isinstance(values, dict) or (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         raise DataError(
             f"{path} is no file of captions, version {VERSION}", "unimed-jax captions writes them"

@@ -67,22 +67,6 @@ def csv_rows(file: Path, columns: Sequence[int | str]) -> Iterator[tuple[str, li
         raise DataError(f"{file} is no CSV: {e}", "download it again") from e
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        DataError: when it cannot be read or is no JSON.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise DataError(
-            f"{file} cannot be read ({e.strerror or type(e).__name__})", "--captions names it"
-        ) from e
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{file} is no JSON: {str(e)[:100]}", "download it again") from e
-
-
 def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
     """Yields (place, value) of every line of a JSON lines file; a line that is none gives None.
 

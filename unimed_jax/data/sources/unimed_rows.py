@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from unimed_jax.data import files
 from unimed_jax.data.record import Caption
 from unimed_jax.data.sources import annotation_files, modality
 from unimed_jax.data.sources.annotation_files import Row
@@ -49,8 +50,8 @@ def plain(path: int | str, caption: int | str, suffix: str = "") -> Callable[[Se
 
 def openi(paths: Sequence[Path]) -> Iterator[Row]:
     """Reports and their rewrites, which two files list in the same order."""
-    reports = _list_of(annotation_files.read_json(paths[0]), "annotations", paths[0])
-    rewrites = _list_of(annotation_files.read_json(paths[1]), "refined_captions", paths[1])
+    reports = _list_of(_json(paths[0]), "annotations", paths[0])
+    rewrites = _list_of(_json(paths[1]), "refined_captions", paths[1])
     if len(reports) != len(rewrites):
         raise DataError(
             f"{paths[0]} has {len(reports)} entries and {paths[1]} {len(rewrites)}: they belong together by position",
@@ -63,6 +64,10 @@ def openi(paths: Sequence[Path]) -> Iterator[Row]:
             yield Row("", fault="it has no image_id, caption or list of rewrites", where=where)
         else:
             yield Row(f"{name}.png", (caption, *map(str, rewritten)), where=where)
+
+
+def _json(path: Path) -> Any:
+    return files.read_json(path, "download it again", missing="--captions names it")
 
 
 def _list_of(value: Any, name: str, file: Path) -> list[Any]:
@@ -87,7 +92,7 @@ def _pair(value: Any, name: str, text: str, where: str) -> Row:
 
 def conversations(paths: Sequence[Path]) -> Iterator[Row]:
     """A list of {image, conversations}; the caption is what the second turn says."""
-    value = annotation_files.read_json(paths[0])
+    value = _json(paths[0])
     if not isinstance(value, list):
         raise DataError(f"{paths[0]} holds no list", "give the annotation file as it was published")
     for i, entry in enumerate(value):
@@ -103,7 +108,7 @@ def figures(paths: Sequence[Path]) -> Iterator[Row]:
 
     What is null was never there, and is no row.
     """
-    value = annotation_files.read_json(paths[0])
+    value = _json(paths[0])
     if not isinstance(value, dict):
         raise DataError(f"{paths[0]} holds no table of lists", "give the annotation file as it was published")
     entries = [

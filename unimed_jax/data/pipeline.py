@@ -270,7 +270,7 @@ def eval_batches(
             return images.eval_image(example.image, image_size)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="eval-decode") as pool:
-        loaded = _map_ahead(pool, load, order, ahead=batch_size + threads)
+        loaded = map_ahead(pool, load, order, ahead=batch_size + threads)
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             image = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
@@ -281,7 +281,7 @@ def eval_batches(
             yield image, index, index >= 0
 
 
-def _map_ahead(
+def map_ahead(
     pool: ThreadPoolExecutor, fn: Callable[[int], T], items: Iterable[int], ahead: int
 ) -> Iterator[T]:
     """Like pool.map, but only `ahead` results are ever waiting."""

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from unimed_jax.data.pipeline import map_ahead
 from unimed_jax.errors import DataError
 from unimed_jax.infer import Loaded
 from unimed_jax.vectors import unit
@@ -81,7 +81,7 @@ def _batches(
     numbers = (n for part in parts for n in part)
     waiting = None
     with ThreadPoolExecutor(threads, thread_name_prefix="eval-read") as pool:
-        pictures = _ahead(pool, read, numbers, size + threads)
+        pictures = map_ahead(pool, read, numbers, ahead=size + threads)
         for part in parts:
             image = np.zeros((size, loaded.image_size, loaded.image_size, 3), np.uint8)
             ids = np.full(size, _PADDING, np.int32)
@@ -99,21 +99,6 @@ def _batches(
             waiting = now
     if waiting:
         yield waiting
-
-
-def _ahead(pool: ThreadPoolExecutor, read: Read, numbers: Iterator[int], count: int) -> Iterator[Any]:
-    """Results in order; at most `count` more are being read or wait."""
-    queue: deque[Future[Any]] = deque()
-    try:
-        for n in numbers:
-            queue.append(pool.submit(read, n))
-            if len(queue) > count:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
-    finally:
-        for future in queue:
-            future.cancel()
 
 
 def agree(items: Iterable[str]) -> None:

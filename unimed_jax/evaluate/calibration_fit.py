@@ -77,8 +77,8 @@ def _temperature(log_p: np.ndarray, labels: np.ndarray) -> float:
 
     rows = np.arange(len(labels))
     loss = lambda t: -log_softmax(log_p / np.exp(t))[rows, labels].mean()
-    found = minimize_scalar(loss, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(found.x))  # type: ignore[attr-defined]
+    found: Any = minimize_scalar(loss, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
 
 
 def fit_findings(

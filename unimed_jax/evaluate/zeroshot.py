@@ -117,8 +117,8 @@ def evaluate(
         DataError: for labels that are no class, duplicate keys, an empty selection, a record that cannot be read, or
             records that the calibration was fitted on.
     """
-    one = isinstance(wanted, (str, Path, tasks.Task, multilabel.Findings))
-    chosen = [load(t) for t in ([wanted] if one else wanted)]  # type: ignore[union-attr]
+    single = (str, Path, tasks.Task, multilabel.Findings)
+    chosen = [load(t) for t in ([wanted] if isinstance(wanted, single) else wanted)]
     names = [t.name for t in chosen]
     if not chosen or len(set(names)) < len(names):
         raise UsageError(

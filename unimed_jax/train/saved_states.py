@@ -110,7 +110,7 @@ def read_items(step_folder: Path, items: dict[str, Any]) -> dict[str, Any]:
     for name, tree in items.items():
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-                out[name] = reader.restore(step_folder / name, args=ocp.args.StandardRestore(tree))  # type: ignore[call-arg]
+                out[name] = reader.restore(step_folder / name, args=ocp.args.StandardRestore(tree))
         except Exception as e:  # Orbax and TensorStore raise many types for damaged files
             damage = f"checkpoint {step_folder} ({name}) cannot be read: {reason(e)}"
         if damage:  # here, where nothing holds the exception any more

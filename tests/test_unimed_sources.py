@@ -263,6 +263,37 @@ def test_a_tar_that_is_none(tmp_path):
         open_source("webdataset", {"raw": str(tmp_path), "modality": "Ct"})
 
 
+def test_no_damage_of_a_tar_loses_samples_in_silence(tmp_path):
+    file = tmp_path / "a.tar"
+    tar(file, [(f"{i}.{s}", d) for i in range(3) for s, d in (("jpg", jpeg(i)), ("txt", b"A film."))])
+    whole = file.read_bytes()
+    with tarfile.open(file) as t:
+        offset = t.getmembers()[2].offset
+
+    def refused() -> str:
+        with pytest.raises(DataError) as e:
+            open_source("webdataset", {"raw": str(file)}).items()
+        return str(e.value)
+
+    for cut in (offset, offset + 100):  # tarfile takes both for the end
+        file.write_bytes(whole[:cut])
+        assert f"cut off at byte {offset}" in refused()
+    file.write_bytes(whole[:offset] + b"?" + whole[offset + 1 :])
+    assert f"damaged at byte {offset}" in refused()
+    file.write_bytes(whole + whole)
+    assert "goes on after its end mark" in refused()
+    file.write_bytes(whole + bytes(5 * tarfile.RECORDSIZE))
+    assert len(open_source("webdataset", {"raw": str(file)}).items()) == 3
+
+
+def test_names_of_members_are_below_the_tar(tmp_path):
+    names = ("./1.jpg", "./1.txt", "/etc/2.jpg", "/etc/2.txt")
+    tar(tmp_path / "a.tar", [(n, jpeg(1) if n.endswith("jpg") else b"A film.") for n in names])
+    one, two = open_source("webdataset", {"raw": str(tmp_path / "a.tar")}).items()
+    assert (one.key, one.fault) == ("a/1", "")
+    assert (two.key, two.fault) == ("a/'/etc/2'", "it leaves the folder")
+
+
 def test_members_that_are_no_files_are_rejected(tmp_path):
     with tarfile.open(tmp_path / "links.tar", "w") as t:
         info = tarfile.TarInfo("1.jpg")

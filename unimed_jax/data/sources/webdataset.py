@@ -23,6 +23,7 @@ from unimed_jax.errors import DataError, UsageError, did_you_mean
 _PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif")
 _TEXTS = ("txt", "caption", "text", "json")
 _JSON_FIELDS = ("caption", "text", "captions")
+_PIECE = 2**20  # bytes that are read at once
 
 
 @dataclass(slots=True, frozen=True)
@@ -100,7 +101,7 @@ class Webdataset:
             raise Reject("annotation", item.fault or "the sample is not complete")
         file = Path(self.raw) if Path(self.raw).is_file() else Path(self.raw) / item.tar
         with file.open("rb") as f:
-            picture, text = _read(f, item.picture), _read(f, item.text)
+            picture, text = _read(f, item.picture), _read(f, item.text, limits.MAX_RECORD_BYTES)
         return Example(
             key=item.key,
             image=picture,
@@ -134,15 +135,16 @@ def _index(file: Path, name: str) -> Iterator[Item]:
             for member in tar:
                 if member.isdir():
                     continue
-                folder, _, last = member.name.rpartition("/")
+                folder, slash, last = member.name.removeprefix("./").rpartition("/")
                 stem, _, suffix = last.partition(".")
-                base, suffix = f"{folder}/{stem}".strip("/"), suffix.lower()
+                base, suffix = f"{folder}{slash}{stem}", suffix.lower()
                 parts = samples.setdefault(base, {})
                 if not member.isreg() or member.issparse():
                     faults[base] = f"{suffix or 'a member'} is no plain file"
                 elif suffix in parts:
                     faults[base] = f"two members end in .{suffix}"
                 parts[suffix] = Member(suffix, member.offset_data, member.size)
+            _check_end(file, tar.offset)
     except (tarfile.TarError, EOFError) as e:
         raise DataError(
             f"{file} is no whole, uncompressed tar ({type(e).__name__}: {str(e)[:80]})",
@@ -162,9 +164,31 @@ def _index(file: Path, name: str) -> Iterator[Item]:
         yield Item(key=key, tar=name, picture=picture, text=text, fault=fault)
 
 
-def _read(f, member: Member) -> bytes:
-    if member.size > limits.MAX_FILE_BYTES:
-        raise Reject("too_large", f"a member has more than {limits.MAX_FILE_BYTES} bytes")
+def _check_end(file: Path, offset: int) -> None:
+    """Refuses a tar whose members do not end at its end mark: tarfile takes a cut or a damaged header for the end.
+
+    Raises:
+        DataError: naming the byte from which on members would be lost.
+    """
+    with file.open("rb") as f:
+        f.seek(offset)
+        mark = f.read(tarfile.BLOCKSIZE)
+        while (rest := f.read(_PIECE)) and not rest.strip(b"\0"):
+            pass
+    if len(mark) < tarfile.BLOCKSIZE:
+        raise DataError(f"{file} is cut off at byte {offset}: it has no end mark", "download it again")
+    if mark.strip(b"\0"):
+        raise DataError(f"{file} is damaged at byte {offset}: no member begins there", "download it again")
+    if rest:
+        raise DataError(
+            f"{file} goes on after its end mark at byte {offset}, as tars do that were put together with cat",
+            "give the tars one by one",
+        )
+
+
+def _read(f, member: Member, limit: int = limits.MAX_FILE_BYTES) -> bytes:
+    if member.size > limit:
+        raise Reject("too_large", f"a member has more than {limit} bytes")
     f.seek(member.offset)
     data = f.read(member.size)
     if len(data) != member.size:

@@ -22,7 +22,6 @@ import pytest
 from unimed_jax import config
 from unimed_jax.data import export, pipeline, shards, text, workers
 from unimed_jax.data.blocks import Blocks, caption_id
-from unimed_jax.data.images import eval_image
 from unimed_jax.data.mixture import Draw, Mixture, draws_per_epoch, generator, keys_of, permute
 from unimed_jax.data.phantom import Phantom
 from unimed_jax.data.record import Caption
@@ -473,28 +472,6 @@ def test_device_prefetch_closes_its_source():
     with contextlib.closing(pipeline.device_prefetch(endless(), lambda x: x, 2)) as ready:
         next(ready)
     assert closed
-
-
-@pytest.mark.parametrize("batch", [1, 4, 12, 13])
-def test_evaluation_reads_everything_once_in_order_and_fills_up(records, batch):
-    seen = []
-    for image, index, mask in pipeline.eval_batches(records[1], image_size=SIZE, batch_size=batch, threads=3):
-        assert image.shape == (batch, SIZE, SIZE, 3)
-        assert (index[~mask] == -1).all()
-        assert not image[~mask].any()
-        for row in np.flatnonzero(mask):
-            assert (image[row] == eval_image(records[1][index[row]].image, SIZE)).all()
-        seen += index[mask].tolist()
-    assert seen == list(range(12))
-
-
-def test_evaluation_of_chosen_records_and_of_a_bad_one(records):
-    chosen = list(pipeline.eval_batches(records[0], image_size=SIZE, batch_size=2, indices=[7, 3, 20]))
-    assert [i.tolist() for _, i, _ in chosen] == [[7, 3], [20, -1]]
-    bad = [*records[1][:3], dataclasses.replace(records[1][3], image=b"\xff\xd8\xff")]
-    with pytest.raises(DataError, match=r"record 3 \(key phantom/000003\)"):
-        list(pipeline.eval_batches(bad, image_size=SIZE, batch_size=2))
-    assert list(pipeline.eval_batches([], image_size=SIZE, batch_size=2)) == []
 
 
 # --- from a config ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from unimed_jax.data import images
 from unimed_jax.data.phantom import Phantom
 from unimed_jax.data.record import Example
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import metrics, results, tasks, zeroshot
+from unimed_jax.evaluate import batches, metrics, results, tasks, zeroshot
 
 
 class Records(list):
@@ -221,7 +223,7 @@ def test_pictures_are_embedded_once_for_all_tasks_and_one_program(tiny, monkeypa
     before = tiny._image._cache_size()
     some = dataclasses.replace(TASK, name="some", where={"modality": ("CT",)}, metric="accuracy")
     found = zeroshot.evaluate(tiny, records, [TASK, some], resamples=0)
-    assert calls == [8, 8]
+    assert calls == [6, 6]
     assert tiny._image._cache_size() <= before + 1
     assert [t.metrics.n for t in found.tasks] == [11, 4]
     assert found.figures().keys() == {"eval/three", "eval/some"}
@@ -410,6 +412,39 @@ def test_a_file_that_is_no_results_is_refused(tmp_path):
         results.read(Path(tmp_path))
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (8, [8]), (9, [5, 5]), (30, [8] * 4), (0, [])])
+def test_pictures_are_read_once_in_order_and_in_equal_batches(tiny, monkeypatch, count, sizes):
+    """One compilation, and next to no padding: nine pictures are not two batches of eight."""
+    source = Phantom(n=30, size=40)
+    records = Records(source.example(i) for i in source.items())
+    squares = [zeroshot.images.eval_image(e.image, tiny.image_size) for e in records]
+    seen, run = [], tiny.encode_rows
+
+    def watched(image, ids):
+        assert not image[ids < 0].any()
+        seen.append((image, ids))
+        return run(image, ids)
+
+    monkeypatch.setattr(tiny, "encode_rows", watched)
+    chosen = list(range(30))[::-1][:count]
+    z = zeroshot.embed(tiny, records, chosen, threads=3)
+    assert [len(ids) for _, ids in seen] == sizes
+    if count:
+        images, ids = (np.concatenate(x) for x in zip(*seen, strict=True))
+        assert ids[ids >= 0].tolist() == list(range(count))
+        np.testing.assert_array_equal(images[ids >= 0], [squares[i] for i in chosen])
+        np.testing.assert_allclose(z, tiny.encode_image(np.stack([squares[i] for i in chosen])), atol=2e-6)
+
+
+def test_a_reader_that_is_closed_begins_no_further_pictures():
+    begun = []
+    with ThreadPoolExecutor(1) as pool:
+        with contextlib.closing(batches.map_ahead(pool, begun.append, range(1000), ahead=3)) as found:
+            next(found)
+        assert len(begun) <= 4
+    assert len(begun) <= 4
+
+
 def test_two_processes_share_the_records_and_agree(tiny, tmp_path):
     tiny.save(tmp_path / "m")
     code = """
@@ -423,8 +458,7 @@ def test_two_processes_share_the_records_and_agree(tiny, tmp_path):
     records = Records(source.example(i) for i in source.items())
     decoded = []
     plain = zeroshot.images.eval_image
-    from unimed_jax.data import pipeline
-    pipeline.images.eval_image = lambda data, size: decoded.append(size) or plain(data, size)
+    zeroshot.images.eval_image = lambda data, size: decoded.append(size) or plain(data, size)
     m = infer.load(sys.argv[1], mesh=parallel.make_mesh(config.Mesh(data=2, fsdp=2)), batch_size=8)
     found = zeroshot.evaluate(m, records, "phantom_modality", resamples=20, examples=0)
     task = found.tasks[0]

@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rounds import measure
@@ -159,7 +160,7 @@ def main() -> None:
     import numpy as np
 
     from unimed_jax import infer
-    from unimed_jax.data import pipeline
+    from unimed_jax.data import images
     from unimed_jax.evaluate import zeroshot
     from unimed_jax.models import clip, zoo
 
@@ -186,8 +187,8 @@ def main() -> None:
         jax.block_until_ready(z)
 
     def decode():
-        for _ in pipeline.eval_batches(source, image_size=side, batch_size=args.batch, threads=threads):
-            pass
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda i: images.eval_image(source[i].image, side), every))
 
     sides = {
         "evaluator end to end": lambda: zeroshot.embed(loaded, source, every, threads=threads),

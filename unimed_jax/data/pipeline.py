@@ -1,4 +1,4 @@
-"""Records -> training batches, as a function of the step; and records -> evaluation batches.
+"""Records -> training batches, as a function of the step.
 
 The stream has no state. Position step x batch_size + row names one (source, record, epoch) (data/mixture.py); its
 caption, its crop and its colours depend on these and the seed only. So the batches are the same for any number of
@@ -13,18 +13,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Int32
 
 from unimed_jax import config
-from unimed_jax.data import captions, images, mixture, shards, workers
-from unimed_jax.data.blocks import MAX_BLOCK, Blocks, Records, blaming, read_record
+from unimed_jax.data import captions, mixture, shards, workers
+from unimed_jax.data.blocks import MAX_BLOCK, Blocks, Records, read_record
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 
@@ -238,64 +237,6 @@ def device_prefetch(batches: Iterable[T], put: Callable[[T], Any], n: int) -> Ge
     finally:
         if hasattr(source, "close"):
             source.close()  # type: ignore[attr-defined]
-
-
-def eval_batches(
-    records: Records,
-    *,
-    image_size: int,
-    batch_size: int,
-    indices: Sequence[int] | None = None,
-    threads: int = 4,
-) -> Iterator[tuple[UInt8[np.ndarray, "b h w 3"], Int32[np.ndarray, "b"], Bool[np.ndarray, "b"]]]:
-    """Yields (images, record indices, mask) in order; the last batch is filled up, with mask False and index -1.
-
-    Args:
-        records: one split of one source, usually a shards.Shards.
-        image_size: pixels; evaluation transform (data/images.py).
-        batch_size: rows of every batch, the last one too: one compilation.
-        indices: the records to read; default: all.
-        threads: decoding in parallel; the order does not depend on it.
-
-    Raises:
-        DataError: for a record that cannot be read.
-    """
-    order = list(range(len(records)) if indices is None else indices)
-
-    name = getattr(records, "name", "records")
-
-    def load(index: int) -> np.ndarray:
-        example = read_record(records, index, name)
-        with blaming(records, index, name, example.key):
-            return images.eval_image(example.image, image_size)
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="eval-decode") as pool:
-        loaded = map_ahead(pool, load, order, ahead=batch_size + threads)
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            image = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
-            for row, pixels in enumerate(itertools.islice(loaded, len(part))):
-                image[row] = pixels
-            index = np.full(batch_size, -1, np.int32)
-            index[: len(part)] = part
-            yield image, index, index >= 0
-
-
-def map_ahead(
-    pool: ThreadPoolExecutor, fn: Callable[[int], T], items: Iterable[int], ahead: int
-) -> Iterator[T]:
-    """Like pool.map, but only `ahead` results are ever waiting."""
-    waiting: collections.deque[Any] = collections.deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(fn, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def plan(cfg: config.Train, *, steps: int = 16, shards_of_batch: int = 1) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from jaxtyping import UInt8
 
 from unimed_jax.data import found
 from unimed_jax.errors import DataError
-from unimed_jax.evaluate import reading
+from unimed_jax.evaluate import batches, reading
 from unimed_jax.evaluate.inputs import Files, Inputs, Item, file_item
 
 _AHEAD = 4  # inputs read ahead, for each thread
@@ -79,17 +78,8 @@ def read_all(
         except DataError as e:
             return e
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        todo = iter(numbers)
-        queue: deque[tuple[int, Future[Any]]] = deque(
-            (n, pool.submit(work, n)) for n in islice(todo, _AHEAD * threads)
-        )
-        try:
-            while queue:
-                number, future = queue.popleft()
-                found = future.result()
-                queue.extend((n, pool.submit(work, n)) for n in islice(todo, 1))
-                yield number, found
-        finally:
-            for _, future in queue:
-                future.cancel()
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="read") as pool,
+        closing(batches.map_ahead(pool, work, numbers, ahead=_AHEAD * threads)) as results,
+    ):
+        yield from zip(numbers, results, strict=True)

@@ -1,8 +1,9 @@
 """Writes the records of a source: many processes, each shard whole or absent, the same bytes for the same input.
 
 Items are ordered by the SHA-256 of their keys (so that shards are mixed, whatever the order of the source) and cut
-into equal runs, one a shard. A rerun skips the shards that are finished, so an export that was stopped anywhere is
-continued by the same command. The manifest is written last.
+into equal parts, one a shard; items that name the same `run` stay side by side in their order. A rerun skips the
+shards that are finished, so an export that was stopped anywhere is continued by the same command. The manifest is
+written last.
 """
 
 from __future__ import annotations
@@ -156,6 +157,7 @@ def plan(source: RecordSource, folder: Path, shards: int | None, tokenizer: Toke
         DataError: for a source without items, a duplicate key, or an impossible split name.
     """
     splits: dict[str, list[tuple[bytes, str, Any]]] = defaultdict(list)
+    runs: dict[str, bytes] = {}
     first: dict[str, str] = {}
     for i, item in enumerate(source.items()):
         key = full_key(source.name, item.key)
@@ -169,12 +171,16 @@ def plan(source: RecordSource, folder: Path, shards: int | None, tokenizer: Toke
                 f"{place}: {item.split!r} is no name for a split", "lower case letters, digits and _"
             )
         first[key] = place
-        splits[item.split].append((hashlib.sha256(key.encode()).digest(), key, item))
+        run = getattr(item, "run", "") or key
+        place_of_run = runs.get(run) or hashlib.sha256(run.encode()).digest()
+        if run != key:
+            runs[run] = place_of_run
+        splits[item.split].append((place_of_run, key, item))
     if not splits:
         raise DataError(f"source {source.name} has no items", "is the folder the right one?")
     jobs = []
     for split, ordered in sorted(splits.items()):
-        ordered.sort(key=lambda entry: entry[0])
+        ordered.sort(key=lambda entry: entry[0])  # stable: a run keeps its order
         n = min(shards or default_shards(len(ordered)), len(ordered))
         for k in range(n):
             part = ordered[k * len(ordered) // n : (k + 1) * len(ordered) // n]

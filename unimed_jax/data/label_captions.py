@@ -13,13 +13,14 @@ import csv
 import io
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unimed_jax import config
 from unimed_jax.data import files, limits
+from unimed_jax.data.record import Caption
 from unimed_jax.errors import DataError, did_you_mean
 
 FORMAT = "unimed_jax.label_captions"
@@ -227,6 +228,33 @@ def _read_json(path: Path) -> LabelCaptions:
         labels.append(Label(triplet=triplet, captions=captions, more=more))
     generator = values.get("generator")
     return LabelCaptions(labels=labels, generator=generator if isinstance(generator, dict) else {})
+
+
+def choose(
+    labelled: Mapping[Key, Label], modality: str, anatomy: str, findings: Iterable[str], where: str
+) -> list[Label]:
+    """The labels of a picture, which all must have captions; none for a picture without finding.
+
+    Raises:
+        DataError: naming the place, for a label without captions.
+    """
+    chosen = []
+    for finding in filter(None, (f.strip() for f in findings)):
+        key = label_key(modality, anatomy, finding)
+        label = labelled.get(key)
+        if label is None or not label.captions:
+            names = [" / ".join(k) for k in labelled]
+            raise DataError(
+                f"{where}: label {' / '.join(key)!r:.200} has no captions.{did_you_mean(' / '.join(key), names)}",
+                "unimed-jax captions makes them; a row without finding needs none",
+            )
+        chosen.append(label)
+    return chosen
+
+
+def texts(chosen: Iterable[Label]) -> tuple[Caption, ...]:
+    """The captions of labels as a record holds them."""
+    return tuple(Caption(text=c["text"], kind=c["kind"]) for label in chosen for c in label.captions)
 
 
 def _list(value: Any, where: str) -> list[Any]:

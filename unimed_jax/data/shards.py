@@ -71,7 +71,10 @@ class RecordSource(Protocol):
         ...
 
     def items(self) -> Sequence[Any]:
-        """Every item, cheap and deterministic; each has `key` and `split`, and may have `where`."""
+        """Every item, cheap and deterministic; each has `key` and `split`, and may have `where` and `run`.
+
+        Items with the same `run`, a text, are written side by side in their order, for a source that reads in sequence.
+        """
         ...
 
     def example(self, item: Any) -> Example:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from unimed_jax.data import medical, tables
+from unimed_jax.data import medical, medmnist, tables
 from unimed_jax.data.files import file_sha256
 from unimed_jax.errors import DataError, UnimedError, did_you_mean
 from unimed_jax.evaluate import findings_truth
 from unimed_jax.evaluate.suites import DataSet, Layout
 
 _SHOWN = 5  # of a list, in a message
-_MAX_ARRAY = 16 << 30  # bytes of a decompressed .npz member
 
 
 class Missing(UnimedError):
@@ -282,22 +280,7 @@ def _npz(s: DataSet, roots: Sequence[Path], annotations: Path | None) -> Table:
     root = _anchored(s, roots, [s.layout.file])
     file, split = root / s.layout.file, s.layout.split
     out = Table()
-    try:
-        with zipfile.ZipFile(file) as z:
-            if sum(i.file_size for i in z.infolist() if i.filename.startswith(f"{split}_")) > _MAX_ARRAY:
-                raise DataError(f"{file}: the arrays of {split} are larger than {_MAX_ARRAY} bytes")
-        with np.load(file, allow_pickle=False) as z:
-            lacks = [k for k in (f"{split}_images", f"{split}_labels") if k not in z]
-            if lacks:
-                raise DataError(f"{file} has no array {lacks[0]}", f"there are: {', '.join(z.files)}")
-            array, labels = z[f"{split}_images"], z[f"{split}_labels"]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, MemoryError) as e:
-        raise DataError(f"{file} cannot be read as .npz ({type(e).__name__})") from e
-    rgb = array.ndim == 4 and array.shape[3] == 3
-    if array.dtype != np.uint8 or not (array.ndim == 3 or rgb):
-        raise DataError(
-            f"{file}: pictures are {array.dtype}{list(array.shape)}", "uint8 [n, h, w] or [n, h, w, 3]"
-        )
+    array, labels = medmnist.load(file, split)
     out.array = array
     out.sha256 = file_sha256(file)
     if s.multilabel:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.config import MODALITIES
+from unimed_jax.data import medmnist
 from unimed_jax.errors import UsageError, did_you_mean
 from unimed_jax.evaluate import multilabel, yaml_text
 from unimed_jax.evaluate.metrics import METRICS
@@ -252,6 +253,8 @@ _HEAD_TYPES: dict[str, tuple[type, ...]] = {
 def _data_set(raw: Mapping[str, Any], where: str) -> DataSet:
     _fields(raw, _NAMES, where)
     _types(raw, _TYPES, where)
+    if "classes" not in raw:
+        raw = _of_medmnist(raw.get("layout")) | dict(raw)
     name, classes = raw["name"], raw.get("classes")
     if not re.fullmatch(r"[\w.-]{1,80}", name) or name.startswith("."):
         raise UsageError(f"{where}: the name may hold letters, digits, dots, dashes and underscores only")
@@ -294,6 +297,16 @@ def _data_set(raw: Mapping[str, Any], where: str) -> DataSet:
         raw=dict(raw),
         **{k: raw[k] for k in rest if k in raw},
     )
+
+
+def _of_medmnist(layout: Any) -> dict[str, Any]:
+    """What the entry of a MedMNIST file need not say; nothing for other layouts."""
+    file = layout.get("file") if isinstance(layout, dict) and layout.get("kind") == "npz" else None
+    known = medmnist.SETS.get(medmnist.name_of(Path(file))) if isinstance(file, str) else None
+    if known is None:
+        return {}
+    labels = {"multilabel": True} if known.multilabel else {"labels": INDEX}
+    return {"classes": list(known.names), "modality": known.modality, **labels}
 
 
 def _layout(raw: Any, where: str, findings: int) -> Layout:

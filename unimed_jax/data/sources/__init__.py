@@ -26,6 +26,9 @@ class Entry(NamedTuple):
 _HERE = "unimed_jax.data.sources"
 SOURCES: dict[str, Entry] = {
     "folder": Entry(f"{_HERE}.folder", "Folder", "your own images: --raw DIR --captions TABLE.csv"),
+    "medmnist": Entry(
+        f"{_HERE}.medmnist", "MedMnist", "2D sets of MedMNIST: --raw, an .npz or a folder of them"
+    ),
     "minimed": Entry(
         "unimed_jax.data.minimed", "Minimed", "real images of six modalities out of public packages"
     ),

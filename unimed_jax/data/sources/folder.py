@@ -109,16 +109,16 @@ class Folder:
                 f"{where}: modality is {modality!r}.{hint}", f"one of {', '.join(config.MODALITIES)}"
             )
         salt = self.salt or self.name
-        chosen = [] if labelled is None else _chosen(labelled, values, where)
-        of_labels = [Caption(text=c["text"], kind=c["kind"]) for x in chosen for c in x.captions]
+        findings = values.get("finding", "").split(";")
+        chosen = label_captions.choose(labelled or {}, modality, values.get("anatomy", ""), findings, where)
         labels = _labels(values.get("labels", ""), where)
-        findings = (f"finding:{x.triplet.finding}" for x in chosen)
+        found = (f"finding:{x.triplet.finding}" for x in chosen)
         return Row(
             key=hash_patient(file, salt) if self.hide_names else file,
             split=values.get("split", "").strip() or "train",
             file=file,
-            captions=(*_captions(values, where), *of_labels),
-            labels=(*labels, *(x for x in findings if x not in labels)),
+            captions=(*_captions(values, where), *label_captions.texts(chosen)),
+            labels=(*labels, *(x for x in found if x not in labels)),
             modality=modality,
             patient=hash_patient(values.get("patient", "").strip(), salt),
             where=where,
@@ -210,25 +210,6 @@ def _check_columns(columns: Any, path: Path, labelled: bool) -> None:
             )
     elif not any(c in ("caption", "captions") or _NUMBERED.fullmatch(c) for c in columns):
         raise DataError(f"{path.name} has no column caption or captions")
-
-
-def _chosen(labelled: Labelled, values: dict[str, str], where: str) -> list[label_captions.Label]:
-    """The labels of a row, which all must have captions; none for a row without finding."""
-    modality, anatomy = values.get("modality", ""), values.get("anatomy", "")
-    chosen = []
-    for finding in (f.strip() for f in values.get("finding", "").split(";")):
-        if not finding:
-            continue
-        key = label_captions.label_key(modality, anatomy, finding)
-        label = labelled.get(key)
-        if label is None or not label.captions:
-            names = [" / ".join(k) for k in labelled]
-            raise DataError(
-                f"{where}: label {' / '.join(key)!r:.200} has no captions.{did_you_mean(' / '.join(key), names)}",
-                "unimed-jax captions makes them; a row without finding needs none",
-            )
-        chosen.append(label)
-    return chosen
 
 
 def _text(value: Any) -> str:

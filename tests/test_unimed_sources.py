@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tarfile
 
 import pytest
@@ -152,6 +153,108 @@ def test_bytes_that_are_not_utf8_reject_their_row_only(tmp_path):
     }
 
 
+def exported(tmp_path, name, **options):
+    source = open_source(name, {"raw": str(tmp_path / "raw"), "captions": str(tmp_path), **options})
+    manifest = export(source, tmp_path / "out", max_bad=1)
+    found, bad = records(tmp_path / "out", name), rejects(tmp_path / "out", name)
+    assert len(found) + len(bad) == len(source.items()) == sum(manifest.rejects.values()) + len(found)
+    return {k.removeprefix(f"{name}/"): e for k, e in found.items()}, bad
+
+
+def pictures_of(tmp_path, *names):
+    for name in names:
+        file = tmp_path / "raw" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(jpeg(1))
+
+
+def test_a_stray_quote_costs_its_own_row_only(tmp_path):
+    pictures_of(tmp_path, "1.jpg", "3.jpg", "4.jpg", "5.jpg")
+    (tmp_path / "train_captions.csv").write_text(
+        'ID,Caption\r\n1,One\r\n2,"An open quote\r\n3,"Three ""quoted"" words,\r\non two lines"\r\n'
+        '4,"Four"\r\n5,Five,\r\n6,One comma, too many\r\n7,"open until the end\r\n8\r\n',
+        newline="",
+    )
+    found, bad = exported(tmp_path, "roco")
+    assert {k: e.captions[0].text for k, e in found.items()} == {
+        "1.jpg": "One",
+        "3.jpg": 'Three "quoted" words,\r\non two lines',
+        "4.jpg": "Four",
+        "5.jpg": "Five",
+    }
+    assert {k.split("line ")[1] for k in bad} == {"3", "8", "9", "10"}
+
+
+def test_labels_that_cannot_be_stored_reject_their_row_only(tmp_path):
+    names = [f"{i}.png" for i in range(3)]
+    pictures_of(tmp_path, *names)
+    labels = (r"['\udcff']", r"['a\x00b']", r"['a\n b']")
+    rows = [[f"['{n}']", x, "['A finding is seen']"] for n, x in zip(names, labels, strict=True)]
+    write_csv(tmp_path / "Chest-Xray8_with_captions.csv", [["", "l", "c"], *rows])
+    found, bad = exported(tmp_path, "chest_xray8")
+    assert {k: e.labels for k, e in found.items()} == {"2.png": ("finding:a b",)}
+    assert set(bad.values()) == {"label"}
+
+
+def test_a_key_is_unique_whatever_the_paths_are_called(tmp_path):
+    pictures_of(tmp_path, "a.png", "a.png#2")
+    rows = [[f"['{n}']", "[]", "['A finding is seen']"] for n in ("a.png", "a.png", "a.png#2", "a.png")]
+    write_csv(tmp_path / "Chest-Xray8_with_captions.csv", [["", "l", "c"], *rows])
+    found, _ = exported(tmp_path, "chest_xray8")
+    assert set(found) == {"a.png", "a.png#2", "a.png#2#2", "a.png#3"}
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    pictures_of(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "raw" / "pipe.png")
+    (tmp_path / "raw" / "zero.png").symlink_to("/dev/zero")
+    rows = [["image", "caption"], *([n, "A retina"] for n in ("a.png", "pipe.png", "zero.png"))]
+    write_csv(tmp_path / "39_MM_Retinal_dataset.csv", rows)
+    found, bad = exported(tmp_path, "retina_part3")
+    assert (set(found), set(bad.values())) == ({"a.png"}, {"unreadable"})
+
+
+def test_another_salt_is_another_export(tmp_path):
+    tree = BUILDERS["chexpert"](tmp_path)
+    options = {"raw": str(tree.raw), "captions": str(tree.captions)}
+    patients = []
+    for salt in ("one", "two"):
+        source = open_source("chexpert", options | {"salt": salt})
+        export(source, tmp_path / "out", max_bad=1)
+        patients.append({e.patient for e in records(tmp_path / "out", "chexpert").values()})
+        (tmp_path / "out" / "chexpert" / "1.0.0" / "manifest.json").unlink()  # as after a kill
+    assert not patients[0] & patients[1]
+
+
+def test_what_a_figure_says_is_text_or_nothing_or_a_reject(tmp_path):
+    pictures_of(tmp_path, *(f"{i}.jpg" for i in range(5)))
+    entries = [
+        {"pair_id": "0", "fig_caption": float("nan"), "in_text_mention": None},
+        {"pair_id": "1", "fig_caption": ["One"], "in_text_mention": [{"tokens": "It is seen"}]},
+        {"pair_id": "2", "fig_caption": "Two", "in_text_mention": [{"tokens": ["It", "is"]}]},
+        {"pair_id": "3", "fig_caption": None, "in_text_mention": []},
+    ]
+    (tmp_path / "llava_med_instruct_fig_captions.json").write_text(json.dumps({"x": entries}))
+    found, bad = exported(tmp_path, "llava_med_hq_60k_set")
+    assert set(found) == {"1.jpg:mention", "2.jpg:caption"}
+    assert set(bad) == {f"llava_med_hq_60k_set/{k}" for k in ("1.jpg:caption", "2.jpg:mention")}
+
+
+def test_json_with_a_byte_order_mark_is_read_and_a_repeated_key_is_not(tmp_path):
+    pictures_of(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "pmc_oa.jsonl").write_text(
+        '\ufeff{"image": "a.jpg", "caption": "A lung"}\n{"image": "a.jpg", "image": "b.jpg", "caption": "x"}\n'
+        '{"image": "b.jpg", "capt'
+    )
+    found, bad = exported(tmp_path, "pmc_clip")
+    assert (set(found), len(bad)) == ({"a.jpg"}, 2)
+    file = tmp_path / "llava_med_instruct_fig_captions.json"
+    file.write_text('\ufeff{"x": [], "x": []}')
+    source = open_source("llava_med_hq_60k_set", {"raw": str(tmp_path / "raw"), "captions": str(file)})
+    with pytest.raises(DataError, match="the key 'x' is there twice"):
+        source.items()
+
+
 def test_hidden_names_leave_no_path_behind(tmp_path):
     tree = BUILDERS["mimic_cxr"](tmp_path / "it's raw")
     options = {"raw": str(tree.raw), "captions": str(tree.captions), "hide_names": "true", "salt": "s"}
@@ -187,6 +290,13 @@ def test_workers_do_not_change_the_bytes(tmp_path):
         ("CT angiography", ""),
         ("A direct effect", ""),
         ("gastric fundus on endoscopy", ""),
+        ("A mass in the gastric fundus", ""),
+        ("CT of a mass in the gastric fundus", "CT"),
+        ("Median nerve of a patient with CTS", ""),
+        ("Ct values of the reaction", ""),
+        ("X-ray diffraction of the crystal", ""),
+        ("Histologically proven tumour of the hand", ""),
+        ("Histological section", "Histopathology"),
         ("", ""),
     ],
 )

@@ -153,16 +153,34 @@ def read_json(path: Path, remedy: str, *, missing: str = "", most: int | None = 
         most: bytes that it may have.
 
     Raises:
-        DataError: when it cannot be read, is too large or no JSON.
+        DataError: when it cannot be read, is too large or no JSON, or has a key twice.
     """
     try:
         if most is not None and path.stat().st_size > most:
             raise DataError(f"{path} has more than {most} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise DataError(f"{path} cannot be read ({e.strerror or type(e).__name__})", missing) from e
     except (ValueError, RecursionError) as e:
         raise DataError(f"{path} is no JSON: {str(e)[:100]}", remedy) from e
+
+
+def parse_json(text: str) -> Any:
+    """A JSON text; the same key twice in an object, of which json keeps the last, is none.
+
+    Raises:
+        ValueError: for another text.
+        RecursionError: for one that is nested too deep.
+    """
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [k for k, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)[:60]!r} is there twice")
+    return found
 
 
 def sync(path: Path) -> None:

@@ -21,6 +21,7 @@ MAX_TILES = 2**20  # squares of a slide that are searched for tissue; a slide of
 MAX_RECORD_BYTES = 64 * 2**20  # bytes of one record
 MAX_CAPTIONS = 256  # captions of one record
 MAX_CAPTION_CHARS = 20_000  # characters of one caption; the longest radiology reports have a few thousand
+MAX_LABEL_CHARS = 1000  # characters of one label
 MAX_DECODE_SECONDS = 10.0  # processor time to decode one picture at export
 MAX_BAD_SHARE = 0.001  # share of a source that an export may reject
 

@@ -24,7 +24,9 @@ from unimed_jax import config
 from unimed_jax.data.record import Caption
 
 # A caption of only such a word stands for a missing one in published annotation files.
-PLACEHOLDERS = frozenset({"", "nan", "none", "null", "noreportpresent", "nothingpresent"})
+PLACEHOLDERS = frozenset(
+    ["", "nan", "none", "null", "na", "n/a", "#n/a", "<na>", "noreportpresent", "nothingpresent"]
+)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -171,4 +173,4 @@ def _kind(marker: Marker, number: int) -> str:
 
 def _one_period(text: str) -> str:
     text = text.strip()
-    return text.rstrip(". ") + "." if text.endswith("..") else text
+    return text.rstrip(". ") + "." if text.endswith(("..", ". .")) else text

@@ -88,7 +88,7 @@ def finish(example: Example, count: Callable[[str], int] | None = None) -> Examp
         count: as in `clean_captions`.
 
     Raises:
-        Reject: empty_file, too_large, too_slow, decode_error, modality, or one of `clean_captions`.
+        Reject: empty_file, too_large, too_slow, decode_error, modality, label, or one of `clean_captions`.
     """
     try:
         with limits.processor_time(limits.MAX_DECODE_SECONDS):
@@ -102,6 +102,11 @@ def finish(example: Example, count: Callable[[str], int] | None = None) -> Examp
         raise Reject("decode_error" if example.image else "empty_file", e.cause) from e
     if example.modality and example.modality not in config.MODALITIES:
         raise Reject("modality", f"{example.modality!r} is none of {', '.join(config.MODALITIES)}")
+    if not all(label.isprintable() and len(label) <= limits.MAX_LABEL_CHARS for label in example.labels):
+        raise Reject(
+            "label",
+            f"it is not UTF-8, has control characters or more than {limits.MAX_LABEL_CHARS} characters",
+        )
     return replace(
         example,
         captions=clean_captions(example.captions, count, source=example.source),

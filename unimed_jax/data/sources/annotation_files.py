@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import ast
 import csv
-import json
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from unimed_jax.data import limits
+from unimed_jax.data import files
 from unimed_jax.data.validate import Reject
 from unimed_jax.errors import DataError
 
-_MAX_LITERAL = 2**20  # characters of one cell
+_MAX_CELL = 2**20  # characters
 
 
 @dataclass(slots=True, frozen=True)
@@ -32,39 +32,85 @@ class Row:
     where: str = field(default="", repr=False)  # not part of the content: rows may move
 
 
-def csv_rows(file: Path, columns: Sequence[int | str]) -> Iterator[tuple[str, list[str] | None]]:
-    """Yields (place, the wanted cells) of every row below the header, None for a row that lacks one of them.
+class _Lines:
+    """Lines of a file, of which those read last can be given back."""
+
+    def __init__(self, lines: Iterator[str]):
+        self._lines, self._back, self._taken, self.number = lines, deque[str](), deque[str](), 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        self._taken.append(self._back.popleft() if self._back else next(self._lines))
+        self.number += 1
+        return self._taken[-1]
+
+    def keep(self) -> None:
+        """What was taken so far is used."""
+        self._taken.clear()
+
+    def give_back(self) -> None:
+        """All lines since the last `keep`, but the first, are there again."""
+        self._back.extendleft(list(self._taken)[:0:-1])
+        self.number -= max(0, len(self._taken) - 1)
+        self._taken.clear()
+
+
+def csv_rows(
+    file: Path, columns: Sequence[int | str], make: Callable[[list[str], str], Row]
+) -> Iterator[Row]:
+    """A row of every record below the header, made of (the wanted cells, place).
+
+    A record that is no CSV (an open quote, a quote inside a cell), that lacks a wanted cell or has more cells than the
+    header is a row with a fault; reading goes on with the line after its first.
 
     Args:
         file: CSV with a header; bytes that are not UTF-8 become lone surrogates, which the export rejects.
         columns: by position or by name in the header.
+        make: of what is found.
 
     Raises:
-        DataError: when the file cannot be read, is malformed or has no such column.
+        DataError: when the file cannot be read, is no CSV or has no such column.
     """
-    csv.field_size_limit(limits.MAX_RECORD_BYTES)
+    csv.field_size_limit(_MAX_CELL)  # also where an open quote ends
     try:
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
-            reader = csv.reader(f)
-            header = next(reader, [])
-            if lacking := [
-                c for c in columns if (c not in header if isinstance(c, str) else c >= len(header))
-            ]:
-                raise DataError(
-                    f"{file} has no column {lacking[0]!r}, only {', '.join(header)[:200]!r}",
-                    "give the annotation file as it was published",
-                )
-            places = [header.index(c) if isinstance(c, str) else c for c in columns]
-            for cells in reader:
-                if cells:
-                    wanted = [cells[p] for p in places] if len(cells) > max(places) else None
-                    yield f"{file.name} line {reader.line_num}", wanted
+            lines = _Lines(f)
+            reader = csv.reader(lines, strict=True)
+            try:
+                header = next(reader, [])
+            except csv.Error as e:
+                raise DataError(f"{file} is no CSV: {e}", "download it again") from e
+            places = [header.index(c) if c in header else -1 if isinstance(c, str) else c for c in columns]
+            for wanted, place in zip(columns, places, strict=True):
+                if not 0 <= place < len(header):
+                    raise DataError(
+                        f"{file} has no column {wanted!r}, only {', '.join(header)[:200]!r}",
+                        "give the annotation file as it was published",
+                    )
+            while True:
+                lines.keep()
+                where, fault, cells = f"{file.name} line {lines.number + 1}", "", []
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as e:
+                    lines.give_back()
+                    fault = f"it is no CSV ({e})"
+                if cells and len(cells) <= max(places):
+                    fault = "it has too few columns"
+                elif any(cells[len(header) :]):
+                    fault = "it has more columns than the header"
+                if fault:
+                    yield Row("", fault=fault, where=where)
+                elif cells:
+                    yield make([cells[p] for p in places], where)
     except OSError as e:
         raise DataError(
             f"{file} cannot be read ({e.strerror or type(e).__name__})", "--captions names it"
         ) from e
-    except csv.Error as e:
-        raise DataError(f"{file} is no CSV: {e}", "download it again") from e
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
@@ -74,11 +120,11 @@ def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
         DataError: when the file cannot be read.
     """
     try:
-        with file.open(encoding="utf-8", errors="surrogateescape") as f:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     try:
-                        value = json.loads(line)
+                        value = files.parse_json(line)
                     except (ValueError, RecursionError):
                         value = None
                     yield f"{file.name} line {number}", value
@@ -98,8 +144,8 @@ def texts(cell: str, what: str) -> list[str]:
         >>> texts("['clear lungs', 'no effusion']", "captions")
         ['clear lungs', 'no effusion']
     """
-    if len(cell) > _MAX_LITERAL:
-        raise Reject("annotation", f"{what} has {len(cell)} characters, more than {_MAX_LITERAL}")
+    if len(cell) > _MAX_CELL:
+        raise Reject("annotation", f"{what} has {len(cell)} characters, more than {_MAX_CELL}")
     try:
         value = ast.literal_eval(cell.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError) as e:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 
-# Words that speak for one modality. Deliberately few: a caption without any of them stays unknown.
+# Words that speak for one modality. Deliberately few: a caption without any of them stays unknown. Small letters are
+# any letters, except after (?-i: CTS is a syndrome, and Ct a count of PCR's cycles.
 _WORDS = {
-    "X-ray": r"x[- ]?rays?|(?:chest |plain )?radiographs?|radiograms?|plain films?|mammograms?",
-    "CT": r"cts?|computed tomograph\w*|computerized tomograph\w*|cect|hrct|cbct",
+    "X-ray": r"x[- ]?rays?(?! (?:diffract|crystal|scatter|fluoresc|photoel|absorp|spectro|struct))"
+    r"|radiographs?|radiograms?|plain films?|mammograms?",
+    "CT": r"(?-i:CTs?|ct)|computed tomograph\w*|computerized tomograph\w*|cect|hrct|cbct",
     "MRI": r"mri|mris|mr imag\w*|magnetic[- ]resonance|t[12][- ]weighted|t[12]wi?|mrcp",
     "Ultrasound": r"ultrasound|ultrasonograph\w*|ultrasonograms?|sonogra\w+|echocardiogra\w+",
-    "Histopathology": r"histopatholog\w*|histolog\w*|photomicrograph\w*|h ?& ?e|ha?ematoxylin|immunohistochem\w*",
-    "Fundus": r"fundus|fundoscop\w*|funduscop\w*|ophthalmoscop\w*",
+    # "Histologically proven" is said of pictures of any kind.
+    "Histopathology": r"histolog(?:y|ic|ical)|histopatholog(?:y|ic|ical)"
+    r"|photomicrograph\w*|h ?& ?e|ha?ematoxylin|immunohistochem\w*",
+    # Stomach, uterus and gallbladder have a fundus, too.
+    "Fundus": r"(?:colou?r|retinal|ocular|eye|optic|normal|dilated) fundus|fundus (?:photo|imag|pictur|camera|exam)\w*"
+    r"|fundus of (?:the |an? )?(?:right |left |human )?(?:eye|retina)|fundoscop\w*|funduscop\w*|ophthalmoscop\w*",
 }
 _PATTERNS = {
     name: re.compile(rf"(?<![\w-])(?:{words})(?![\w])", re.IGNORECASE) for name, words in _WORDS.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +27,20 @@ _MODALITIES = {
 }
 
 
+def check(path: Path) -> None:
+    """Refuses what must not be read: large files, and pipes and devices, which may never end.
+
+    Raises:
+        Reject: too_large or unreadable.
+        OSError: for a missing file.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise Reject("unreadable", "it is no file")
+    if found.st_size > limits.MAX_FILE_BYTES:
+        raise Reject("too_large", f"the file has more than {limits.MAX_FILE_BYTES} bytes")
+
+
 def stored(path: Path, window: tuple[float, float] | None = None) -> tuple[bytes, str]:
     """What is stored of a file, and the modality that its header says, empty for none.
 
@@ -37,11 +52,10 @@ def stored(path: Path, window: tuple[float, float] | None = None) -> tuple[bytes
         (the file's own bytes, or PNG of what the window shows; modality). Nothing else of a header is kept.
 
     Raises:
-        Reject: too_large, or decode_error for a study that cannot be read; without the file's name.
+        Reject: see `check`; also decode_error for a study that cannot be read; without the file's name.
         OSError: for a missing file.
     """
-    if path.stat().st_size > limits.MAX_FILE_BYTES:
-        raise Reject("too_large", f"the file has more than {limits.MAX_FILE_BYTES} bytes")
+    check(path)
     with path.open("rb") as f:
         head = f.read(352)
     if not medical.is_study(path, head):

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unimed_jax.data import limits
 from unimed_jax.data.record import Caption, Example, hash_patient
-from unimed_jax.data.sources import annotation_files, unimed_rows
+from unimed_jax.data.sources import annotation_files, pictures, unimed_rows
 from unimed_jax.data.sources.annotation_files import Row
 from unimed_jax.data.validate import Reject
 from unimed_jax.errors import DataError, UsageError
@@ -56,6 +55,7 @@ class Item:
 
     key: str
     row: Row
+    patient: str = ""  # hashed
     split: str = "train"
 
     @property
@@ -100,14 +100,20 @@ class Unimed:
         """
         if not self._pictures().is_dir():
             raise DataError(f"no folder {self._pictures()}", "--raw names the folder of the raw data")
-        seen: Counter[str] = Counter()
+        layout, salt = LAYOUTS[self.name], self.salt or self.name
+        times: Counter[str] = Counter()
+        used: set[str] = set()
         found = []
-        for row in LAYOUTS[self.name].rows(self._files()):
-            key = f"unnamed, {row.where}" if annotation_files.path_fault(row.path) else row.path
-            key = hash_patient(key, self.salt or self.name) if self.hide_names else key
-            key = f"{key}:{row.suffix}" if row.suffix else key
-            seen[key] += 1
-            found.append(Item(key=key if seen[key] == 1 else f"{key}#{seen[key]}", row=row))
+        for row in layout.rows(self._files()):
+            name = f"unnamed, {row.where}" if annotation_files.path_fault(row.path) else row.path
+            name = hash_patient(name, salt) if self.hide_names else name
+            key = name = f"{name}:{row.suffix}" if row.suffix else name
+            while key in used:
+                times[name] += 1
+                key = f"{name}#{times[name] + 1}"
+            used.add(key)
+            patient = re.search(layout.patient, row.path) if layout.patient else None
+            found.append(Item(key=key, row=row, patient=hash_patient(patient[1], salt) if patient else ""))
         return found
 
     def example(self, item: Item) -> Example:
@@ -123,17 +129,15 @@ class Unimed:
         captions = layout.captions(row.cells, item.key)
         labels = annotation_files.texts(row.cells[layout.labels], "labels") if layout.labels >= 0 else []
         path = self._pictures() / row.path
-        if path.stat().st_size > limits.MAX_FILE_BYTES:
-            raise Reject("too_large", f"the file has more than {limits.MAX_FILE_BYTES} bytes")
+        pictures.check(path)
         kind = layout.modality
-        patient = re.search(layout.patient, row.path) if layout.patient else None
         return Example(
             key=item.key,
             image=path.read_bytes(),
             captions=tuple(captions),
-            labels=tuple(f"finding:{x.strip()}" for x in labels if x.strip()),
+            labels=tuple(f"finding:{words}" for x in labels if (words := " ".join(x.split()))),
             modality=kind if isinstance(kind, str) else kind(row.path, captions[0].text if captions else ""),
-            patient=hash_patient(patient[1], self.salt or self.name) if patient else "",
+            patient=item.patient,
             split=item.split,
         )
 

@@ -20,32 +20,23 @@ from unimed_jax.errors import DataError
 def literal_paths(*columns: int) -> Callable[[Sequence[Path]], Iterator[Row]]:
     """CSV by position: column 0 spells a list whose first item is the path; the others are kept for later."""
 
-    def rows(paths: Sequence[Path]) -> Iterator[Row]:
-        for where, cells in annotation_files.csv_rows(paths[0], (0, *columns)):
-            if cells is None:
-                yield Row("", fault="it has too few columns", where=where)
-                continue
-            try:
-                path = annotation_files.texts(cells[0], "the path")[0]
-            except (Reject, IndexError) as e:
-                yield Row("", fault=getattr(e, "detail", "") or "it names no picture", where=where)
-            else:
-                yield Row(path, tuple(cells[1:]), where=where)
+    def row(cells: list[str], where: str) -> Row:
+        try:
+            path = annotation_files.texts(cells[0], "the path")[0]
+        except (Reject, IndexError) as e:
+            return Row("", fault=getattr(e, "detail", "") or "it names no picture", where=where)
+        return Row(path, tuple(cells[1:]), where=where)
 
-    return rows
+    return lambda paths: annotation_files.csv_rows(paths[0], (0, *columns), row)
 
 
 def plain(path: int | str, caption: int | str, suffix: str = "") -> Callable[[Sequence[Path]], Iterator[Row]]:
     """CSV with one path and one caption a row."""
 
-    def rows(paths: Sequence[Path]) -> Iterator[Row]:
-        for where, cells in annotation_files.csv_rows(paths[0], (path, caption)):
-            if cells is None:
-                yield Row("", fault="it has too few columns", where=where)
-            else:
-                yield Row(cells[0] + suffix if cells[0] else "", (cells[1],), where=where)
+    def row(cells: list[str], where: str) -> Row:
+        return Row(cells[0] + suffix if cells[0] else "", (cells[1],), where=where)
 
-    return rows
+    return lambda paths: annotation_files.csv_rows(paths[0], (path, caption), row)
 
 
 def openi(paths: Sequence[Path]) -> Iterator[Row]:
@@ -116,26 +107,24 @@ def figures(paths: Sequence[Path]) -> Iterator[Row]:
         for name, part in value.items()
         for i, entry in enumerate(part if isinstance(part, list) else [part])
     ]
-    for kind, text in (("caption", _figure_caption), ("mention", _mention)):
+    for kind, find in (("caption", lambda entry: entry.get("fig_caption")), ("mention", _mention)):
         for where, entry in entries:
             name = entry.get("pair_id") if isinstance(entry, dict) else None
             if not isinstance(name, str):
                 if kind == "caption":
                     yield Row("", fault="it has no pair_id", where=where)
-            elif (words := text(entry)) is not None:
-                yield Row(f"{name}.jpg", (words,), suffix=kind, where=where)
+                continue
+            said = find(entry)
+            if isinstance(said, str):
+                yield Row(f"{name}.jpg", (said,), suffix=kind, where=where)
+            elif said is not None and said == said:  # JSON's NaN stands for a missing text
+                yield Row(f"{name}.jpg", suffix=kind, fault=f"its {kind} is no text", where=where)
 
 
-def _figure_caption(entry: dict[str, Any]) -> str | None:
-    found = entry.get("fig_caption")
-    return found if isinstance(found, str) else None  # JSON's NaN is a number
-
-
-def _mention(entry: dict[str, Any]) -> str | None:
+def _mention(entry: dict[str, Any]) -> Any:
     found = entry.get("in_text_mention")
-    first = found[0] if isinstance(found, list) and found else None
-    tokens = first.get("tokens") if isinstance(first, dict) else None
-    return tokens if isinstance(tokens, str) else None
+    first = found[0] if isinstance(found, list) and found else found or None
+    return first.get("tokens") if isinstance(first, dict) else first
 
 
 # The original reads every CSV of its folder but these, which are sources of their own or were left out.
@@ -153,13 +142,11 @@ def retina_folder(paths: Sequence[Path]) -> Iterator[Row]:
     tables = sorted(p for p in paths[0].glob("*.csv") if p.stem not in _NOT_PART_1)
     if not tables:
         raise DataError(f"{paths[0]} has no CSV of retina part 1", "--captions names the folder of the CSVs")
+    columns = ("filename", "captions", "sentence_level_captions")
     for file in tables:
-        columns = ("filename", "captions", "sentence_level_captions")
-        for where, cells in annotation_files.csv_rows(file, columns):
-            if cells is None:
-                yield Row("", fault="it has too few columns", where=where)
-            else:
-                yield Row(cells[0], tuple(cells[1:]), where=where)
+        yield from annotation_files.csv_rows(
+            file, columns, lambda c, where: Row(c[0], tuple(c[1:]), where=where)
+        )
 
 
 # -- captions ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from unimed_jax import config
 from unimed_jax.data import verify
 from unimed_jax.data.export import export
 from unimed_jax.data.record import hash_patient
-from unimed_jax.data.shards import Shards
+from unimed_jax.data.shards import Manifest, Shards
 from unimed_jax.data.sources import SOURCES, modality, open_source
 from unimed_jax.data.sources.unimed import LAYOUTS
 from unimed_jax.data.validate import Reject
@@ -86,12 +86,18 @@ def test_the_original_tars_hold_the_same_pictures_and_captions(tree, tmp_path, c
     )
     assert code == 0, err
     assert f"{len(tree.joined)} records" in out
-    got = sorted((e.image, said(e)) for e in records(tmp_path / "out", tree.name).values())
+    found = records(tmp_path / "out", tree.name).values()
+    got = sorted((e.image, said(e)) for e in found)
     kinds = {"retina_part2": "original"}  # the tars do not say that its captions come from a template
     want = [
         (w["image"], [(t, kinds.get(tree.name, k)) for t, k in w["captions"]]) for w in tree.expected.values()
     ]
     assert got == sorted(want)
+    known = tree.name != "radimagenet"  # there the path says it, which the tars have not
+    assert {(e.image, e.modality) for e in found} == {
+        (w["image"], w.get("modality", "") if known else "") for w in tree.expected.values()
+    }
+    assert Manifest.read(tmp_path / "out" / tree.name / "1.0.0").licence == LAYOUTS[tree.name].licence
 
 
 def test_annotations_may_be_named_by_their_folder_and_pictures_by_theirs(tmp_path):

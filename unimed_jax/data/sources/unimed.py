@@ -48,6 +48,12 @@ class Layout:
     licence: str
     about: str
 
+    def modality_of(self, path: str, captions: Sequence[Caption]) -> str:
+        """The modality of a picture, empty for unknown."""
+        if isinstance(self.modality, str):
+            return self.modality
+        return self.modality(path, captions[0].text if captions else "")
+
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Item:
@@ -130,13 +136,12 @@ class Unimed:
         labels = annotation_files.texts(row.cells[layout.labels], "labels") if layout.labels >= 0 else []
         path = self._pictures() / row.path
         pictures.check(path)
-        kind = layout.modality
         return Example(
             key=item.key,
             image=path.read_bytes(),
             captions=tuple(captions),
             labels=tuple(f"finding:{words}" for x in labels if (words := " ".join(x.split()))),
-            modality=kind if isinstance(kind, str) else kind(row.path, captions[0].text if captions else ""),
+            modality=layout.modality_of(row.path, captions),
             patient=item.patient,
             split=item.split,
         )

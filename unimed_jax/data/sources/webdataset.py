@@ -17,6 +17,7 @@ from unimed_jax import config
 from unimed_jax.data import limits
 from unimed_jax.data.record import Caption, Example
 from unimed_jax.data.sources.annotation_files import path_fault
+from unimed_jax.data.sources.unimed import LAYOUTS
 from unimed_jax.data.validate import Reject
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 
@@ -59,9 +60,9 @@ class Webdataset:
     Args:
         raw: a tar, or a folder read with everything below it.
         name: of the source; with a name of UniMed's (config.UNIMED_SOURCES) its own marker joins the captions.
-        modality: of all pictures, one of config.MODALITIES; empty for unknown.
-        licence: a note on the licence.
-        description: for the data card.
+        modality: of all pictures, one of config.MODALITIES; empty for unknown, or what is known of a source of UniMed.
+        licence: a note on the licence; empty for that of a source of UniMed.
+        description: for the data card; empty as well.
     """
 
     raw: Path = field(repr=False)
@@ -76,6 +77,9 @@ class Webdataset:
             raise UsageError(
                 f"modality is {self.modality!r}.{hint}", f"one of {', '.join(config.MODALITIES)}"
             )
+        if layout := LAYOUTS.get(self.name):
+            object.__setattr__(self, "licence", self.licence or layout.licence)
+            object.__setattr__(self, "description", self.description or layout.about)
 
     def items(self) -> Sequence[Item]:
         """Every sample of every tar, tars in the order of their names.
@@ -102,11 +106,13 @@ class Webdataset:
         file = Path(self.raw) if Path(self.raw).is_file() else Path(self.raw) / item.tar
         with file.open("rb") as f:
             picture, text = _read(f, item.picture), _read(f, item.text, limits.MAX_RECORD_BYTES)
+        captions = _captions(text, item.text.suffix)
+        layout = LAYOUTS.get(self.name)
         return Example(
             key=item.key,
             image=picture,
-            captions=_captions(text, item.text.suffix),
-            modality=self.modality,
+            captions=captions,
+            modality=self.modality or (layout.modality_of("", captions) if layout else ""),
             split=item.split,
         )
 

@@ -32,6 +32,9 @@ SOURCES: dict[str, Entry] = {
     "minimed": Entry(
         "unimed_jax.data.minimed", "Minimed", "real images of six modalities out of public packages"
     ),
+    "parquet": Entry(
+        f"{_HERE}.parquet", "Parquet", "Parquet files that hold the pictures: --raw FILE_OR_DIR"
+    ),
     "phantom": Entry("unimed_jax.data.phantom", "Phantom", "synthetic pictures, for tests and benchmarks"),
     "webdataset": Entry(f"{_HERE}.webdataset", "Webdataset", "tars of pictures and texts: --raw DIR"),
     **{

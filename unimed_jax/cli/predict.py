@@ -13,8 +13,11 @@ from unimed_jax.errors import DataError, SomeInputsFailed, UsageError
 
 if TYPE_CHECKING:
     from unimed_jax.data.found import Found
+    from unimed_jax.data.medical import Slices
+    from unimed_jax.data.slides import Tiles
     from unimed_jax.evaluate.multilabel import Findings
     from unimed_jax.evaluate.predict import Predictions
+    from unimed_jax.evaluate.question import Question
     from unimed_jax.evaluate.tasks import Task
     from unimed_jax.evaluate.truth import Judged, Truth
 
@@ -92,17 +95,33 @@ def run(argv: list[str]) -> int:
     args = _parser().parse(argv)
     if args.batch_size < 1 or args.threads < 1 or args.ci < 0:
         raise UsageError("--batch-size and --threads must be at least 1, --ci at least 0")
+    if not args.paths and not args.list:
+        raise UsageError("nothing to score", "give files, folders or lists")
+    if args.saliency and not args.report:
+        raise UsageError("--saliency belongs to --report", "add --report OUT.html")
+    from unimed_jax.cli import job
+
+    task = _task(args)
+    options = picture_options(args)
+    with job.joined() as first:
+        return _run(args, task, *options, first=first)
+
+
+def _run(
+    args: argparse.Namespace,
+    task: Task | Findings,
+    window: tuple[float, float] | None,
+    slices: Slices,
+    tiles: Tiles,
+    *,
+    first: bool,
+) -> int:
+    """On every process of a job: reads and scores its share; the first judges, draws and writes."""
     from unimed_jax.data import files
     from unimed_jax.data import found as inputs
     from unimed_jax.evaluate import predict
     from unimed_jax.evaluate.report import require
 
-    task = _task(args)
-    window, slices, tiles = picture_options(args)
-    if not args.paths and not args.list:
-        raise UsageError("nothing to score", "give files, folders or lists")
-    if args.saliency and not args.report:
-        raise UsageError("--saliency belongs to --report", "add --report OUT.html")
     outputs = output.paths(args)
     if args.report:
         require()
@@ -113,18 +132,20 @@ def run(argv: list[str]) -> int:
     )
     truth = _truth(args, named, task)
 
+    import jax
+
     from unimed_jax import config, infer, parallel
+    from unimed_jax.cli import job
     from unimed_jax.cli.progress import Progress
     from unimed_jax.evaluate import calibration, question
-    from unimed_jax.evaluate import truth as truths
 
     fits = calibration.load(args.calibration) if args.calibration else None
-    mesh = parallel.make_mesh(config.Mesh())
+    mesh = parallel.make_mesh(config.Mesh(), jax.local_devices())
     model = infer.load(args.model, mesh=mesh, batch_size=args.batch_size, dtype=args.dtype)
     asked = question.ask(model, task, fits)
-    say = (lambda *_: None) if args.json else print
-    say(f"model   {model.describe()}")
-    say(f"prompts {task.name}  {task.shape()}  sha {task.digest[:12]}")
+    if not args.json:
+        print(f"model   {model.describe()}")
+        print(f"prompts {task.name}  {task.shape()}  sha {task.digest[:12]}")
     with Progress("embed", "files") as progress:
         found = predict.predict(
             model,
@@ -135,26 +156,47 @@ def run(argv: list[str]) -> int:
             tiles=tiles,
             threads=args.threads,
             shown=_SHOWN if args.report else 0,
-            progress=progress,
+            share=(jax.process_index(), jax.process_count()),
+            progress=progress if first else None,
         )
-    if args.saliency:
-        predict.explain(model, asked, found.shown, args.saliency)
-    judged = truths.judge(asked, found, truth, resamples=args.ci) if truth else None
-    record = output.record(args, model, asked, named, found, fits.sha256 if fits else "")
-    written = output.write(outputs, found, record, truth, judged)
-    for line in _lines(named, found, truth, judged):
-        say(line)
-    say(f"wrote   {'  '.join(str(p) for p in written)}")
-    say(f"note    {output.note(asked)}")
-    if args.json:
-        summary: dict[str, Any] = record | {"predicted": found.counts(), "wrote": [str(p) for p in written]}
-        print(json.dumps(summary | ({"metrics": judged.json} if judged else {}), indent=1))
+
+    def write() -> None:
+        if args.saliency:
+            predict.explain(model, asked, found.shown, args.saliency)
+        record = output.record(args, model, asked, named, found, fits.sha256 if fits else "")
+        _write(args, outputs, asked, named, found, record, truth)
+
+    job.by_the_first(write)
     if found.errors:
         errors = outputs["errors"]
         if not found.rows:
             raise DataError(f"none of {named.files} files could be read", f"see {errors}")
         raise SomeInputsFailed(f"{len(found.errors)} of {named.files} files failed", f"see {errors}")
     return 0
+
+
+def _write(
+    args: argparse.Namespace,
+    outputs: dict[str, Path],
+    asked: Question,
+    named: Found,
+    found: Predictions,
+    record: dict[str, Any],
+    truth: Truth | None,
+) -> None:
+    """Judges, writes, and says what came of it."""
+    from unimed_jax.evaluate import truth as truths
+
+    judged = truths.judge(asked, found, truth, resamples=args.ci) if truth else None
+    written = output.write(outputs, found, record, truth, judged)
+    if args.json:
+        summary: dict[str, Any] = record | {"predicted": found.counts(), "wrote": [str(p) for p in written]}
+        print(json.dumps(summary | ({"metrics": judged.json} if judged else {}), indent=1))
+        return
+    for line in _lines(named, found, truth, judged):
+        print(line)
+    print(f"wrote   {'  '.join(str(p) for p in written)}")
+    print(f"note    {output.note(asked)}")
 
 
 def _lines(named: Found, found: Predictions, truth: Truth | None, judged: Judged | None) -> list[str]:

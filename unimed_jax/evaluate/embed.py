@@ -21,7 +21,7 @@ from jaxtyping import Float
 from unimed_jax import __version__, vectors
 from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import embedding_table
+from unimed_jax.evaluate import batches, embedding_table
 from unimed_jax.evaluate.embedding_table import Facts
 from unimed_jax.evaluate.inputs import Inputs, Texts
 from unimed_jax.evaluate.streams import End, Lost, squares
@@ -43,16 +43,6 @@ class Done:
     rows: int
     errors: list[dict[str, str]] = field(default_factory=list)  # input, reason, remedy
     resumed: int = 0  # inputs of parts that an earlier run had finished
-
-
-def share_of(count: int, index: int, processes: int) -> range:
-    """The consecutive inputs that one of several processes embeds.
-
-    Example:
-        >>> [list(share_of(5, i, 2)) for i in range(2)]
-        [[0, 1], [2, 3, 4]]
-    """
-    return range(count * index // processes, count * (index + 1) // processes)
 
 
 _LAUNCHERS = {  # of hygiene.cluster: (this process, how many) in the environment
@@ -154,7 +144,7 @@ def to_parquet(
         settings=settings or {},
         code=__version__,
     )
-    mine = share_of(len(inputs), *share)
+    mine = batches.share_of(len(inputs), *share)
     size = _plan(folder, facts, inputs, share, _BATCHES * loaded.batch_size, force)
     result = Done(path=target, inputs=len(mine), rows=0)
     names: list[Path] = []

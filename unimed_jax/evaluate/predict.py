@@ -1,11 +1,17 @@
-"""Files to scores: reads what can be read, embeds in full batches, and keeps count of the rest."""
+"""Files to scores: reads what can be read, embeds in full batches, and keeps count of the rest.
+
+Several processes of a job read consecutive shares of the inputs, each on its own devices, and tell each other what they
+found; what follows of it is computed from the whole, so that it is the same for any number of processes.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
+import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +23,8 @@ from unimed_jax import saliency
 from unimed_jax.data import found as inputs
 from unimed_jax.data import medical, slides
 from unimed_jax.data.found import Input
-from unimed_jax.evaluate import question, reading
+from unimed_jax.errors import DataError, UnimedError
+from unimed_jax.evaluate import batches, question, reading
 from unimed_jax.evaluate.question import Question
 from unimed_jax.evaluate.shown import THUMBNAIL, thumbnail
 from unimed_jax.evaluate.tasks import Task
@@ -49,11 +56,20 @@ class Predictions:
 
 
 @dataclass(slots=True)
-class _Batch:
-    """What waits for the model."""
+class _Share:
+    """What one process has found, and what waits for its model."""
 
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[dict[str, str]] = field(default_factory=list)
+    cards: list[dict[str, Any]] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     ready: list[reading.Ready] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> int:
+        """How many have been read."""
+        return len(self.rows) + len(self.ready)
 
 
 def predict(
@@ -66,6 +82,7 @@ def predict(
     tiles: slides.Tiles | None = None,
     threads: int = 4,
     shown: int = 0,
+    share: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Scores every picture of every input.
@@ -79,57 +96,110 @@ def predict(
         tiles: of whole-slide images; default: 0.5 microns per pixel.
         threads: files read in parallel.
         shown: pictures kept with a thumbnail, the model's square and their best prompts.
-        progress: called with (done, all) inputs.
+        share: this process of a job, and how many it has; all of them call this with the same inputs, each with a
+            model on its own devices.
+        progress: called with (done, all) inputs of this process.
 
     Returns:
         Rows with file, frame, kind, modality, predicted, score and one score a class, in the order of the inputs, and
         one row more with their mean below the tiles of a slide; files that cannot be read are in `errors`, and have no
-        rows. Nothing depends on threads, the batch size or the order of the files but the last digits of the scores.
+        rows. Nothing depends on threads, the batch size or the order of the files but the last digits of the scores,
+        and nothing on the number of processes. Each of these gets everything, but `shown` only the first.
+
+    Raises:
+        DataError: when the processes see other inputs or questions, or one of them fails.
     """
     asked = question.ask(loaded, task) if isinstance(task, Task) else task
     items = [f if isinstance(f, Input) else Input((f,)) for f in files]
-    out = Predictions(classes=asked.names)
     tiles = replace(tiles or slides.Tiles(), size=loaded.image_size)
+    settings = (window, slices, tiles, loaded.batch_size, loaded.dtype)
+    alike = (loaded.digest, asked.task.digest, repr(settings))
+    batches.agree(itertools.chain(alike, (ascii(f) for i in items for f in i.files)))
     source = lambda item, hold: inputs.frames(item, window=window, slices=slices, tiles=tiles, hold=hold)
-    keep = lambda n, k, p: thumbnail(p.square(THUMBNAIL)) if n < shown and k < shown else ""
-    failed: set[str] = set()
-    digests: list[str] = []
-    batch = _Batch()
-    done = 0
-    stream = reading.read(
-        items, source, loaded.image_size, ahead=loaded.batch_size, threads=threads, keep=keep
-    )
-    for number, event in stream:
-        if isinstance(event, reading.Ready):
-            batch.numbers.append(number)
-            batch.ready.append(event)
-            if len(batch.ready) == loaded.batch_size:
-                _score(loaded, asked, batch, out, shown)
-                batch = _Batch()
-        elif isinstance(event, inputs.Failed):
-            failed.add(str(event.file))
-            e = event.error
-            out.errors.append({"file": str(event.file), "reason": e.cause, "remedy": e.remedy})
-        else:
-            digests += event.digests.values()
-            done += 1
-            if progress:
-                progress(done, len(items))
-    _score(loaded, asked, batch, out, shown)
-    return _finished(out, asked, failed, digests)
+    mine = batches.share_of(len(items), *share)
+    part, fault = _Share(), ()
+    try:
+        for number, event in _events(loaded, items, mine, source, threads, shown):
+            if isinstance(event, reading.Ready):
+                part.numbers.append(number)
+                part.ready.append(event)
+                if len(part.ready) == loaded.batch_size:
+                    _score(loaded, asked, part, shown, loaded.batch_size)
+            elif isinstance(event, inputs.Failed):
+                e = event.error
+                part.errors.append({"file": str(event.file), "reason": e.cause, "remedy": e.remedy})
+            else:
+                part.digests += event.digests.values()
+                if progress:
+                    progress(number + 1 - mine.start, len(mine))
+    except UnimedError as e:  # the others wait for this one
+        fault = (e.cause, e.remedy)
+    read = _gathered({"pictures": part.pictures, "fault": fault}, share)
+    for other in read:
+        if other["fault"]:
+            raise DataError(*other["fault"])
+    # All batches of a job have one shape: the last digits would depend on who scores the last pictures.
+    _score(loaded, asked, part, shown, sum(r["pictures"] for r in read))
+    return _finished(_whole_job(part, share), asked, shown)
 
 
-def _score(loaded: Loaded, asked: Question, batch: _Batch, out: Predictions, shown: int) -> None:
-    if not batch.ready:
+def _events(
+    loaded: Loaded, items: Sequence[Input], mine: range, source: reading.Source, threads: int, shown: int
+) -> Iterator[tuple[int, reading.Ready | inputs.Failed | reading.Done]]:
+    """What this process's inputs hold, each with the number of its input."""
+    first = mine.start
+    keep = lambda n, k, p: thumbnail(p.square(THUMBNAIL)) if n + first < shown and k < shown else ""
+    part = items[first : mine.stop]
+    found = reading.read(part, source, loaded.image_size, ahead=loaded.batch_size, threads=threads, keep=keep)
+    return ((first + number, event) for number, event in found)
+
+
+def _score(loaded: Loaded, asked: Question, part: _Share, shown: int, pictures: int) -> None:
+    """Scores what waits, filled up as if it were so many pictures."""
+    if not part.ready:
         return
-    z = loaded.encode_image(np.stack([r.square for r in batch.ready]))
+    squares = np.stack([r.square for r in part.ready])
+    more = min(pictures, loaded.batch_size) - len(squares)
+    z = loaded.encode_image(np.concatenate([squares, np.repeat(squares[-1:], more, axis=0)]))
     scores = asked.scores(z)
-    for number, r, vector, ranks, p in zip(
-        batch.numbers, batch.ready, z, scores.ranks, scores.p, strict=True
-    ):
-        out.rows.append(_row(asked, number, r, ranks, p))
-        if r.extra and len(out.shown) < shown:
-            out.shown.append(_card(out.rows[-1], r, asked, asked.prompts @ vector))
+    waiting = zip(part.numbers, part.ready, z, scores.ranks, scores.p, strict=False)
+    for number, r, vector, ranks, p in waiting:
+        part.rows.append(_row(asked, number, r, ranks, p))
+        if r.extra and len(part.cards) < shown:
+            part.cards.append(_card(part.rows[-1], r, asked, asked.prompts @ vector))
+    part.numbers, part.ready = [], []
+
+
+def _gathered(own: Any, share: tuple[int, int]) -> list[Any]:
+    """What every process of the job says, in their order."""
+    if share[1] == 1:
+        return [own]
+    return [json.loads(text) for text in batches.gather(json.dumps(own).encode())]
+
+
+def _whole_job(own: _Share, share: tuple[int, int]) -> _Share:
+    """The shares of all processes in one; on the first with the cards of all, on the others with none."""
+    if share[1] == 1:
+        return own
+    send = lambda row: row | {"ranks": row["ranks"].tolist()}
+    take = lambda row: row | {"ranks": np.array(row["ranks"]), "found": tuple(row["found"])}
+    first = share[0] == 0
+    cards = [
+        c | {"row": send(c["row"]), "square": base64.b64encode(c["square"].tobytes()).decode()}
+        for c in ([] if first else own.cards)
+    ]
+    rows = [send(r) for r in own.rows]
+    said = {"rows": rows, "errors": own.errors, "cards": cards, "digests": own.digests}
+    out = _Share(cards=own.cards if first else [])
+    for other in _gathered(said, share):
+        out.rows += [take(r) for r in other["rows"]]
+        out.errors += other["errors"]
+        out.digests += other["digests"]
+        for c in other["cards"] if first else ():
+            pixels = np.frombuffer(base64.b64decode(c["square"]), np.uint8)
+            side = round((len(pixels) / 3) ** 0.5)
+            out.cards.append(c | {"row": take(c["row"]), "square": pixels.reshape(side, side, 3)})
+    return out
 
 
 def _row(asked: Question, number: int, r: reading.Ready, ranks: np.ndarray, p: np.ndarray) -> dict[str, Any]:
@@ -184,11 +254,12 @@ def explain(loaded: Loaded, asked: Question, cards: Sequence[dict[str, Any]], me
         card["overlay"] = thumbnail(saliency.overlay(np.asarray(small), heat))
 
 
-def _finished(out: Predictions, asked: Question, failed: set[str], digests: Sequence[str]) -> Predictions:
+def _finished(job: _Share, asked: Question, shown: int) -> Predictions:
     """Without the rows of files that failed later on, with those of whole slides, and counted."""
-    rows = [r for r in out.rows if r["file"] not in failed]
-    out.shown = [s for s in out.shown if s["row"]["file"] not in failed]
-    out.rows, thinned = [], 0
+    failed = {e["file"] for e in job.errors}
+    rows = [r for r in job.rows if r["file"] not in failed]
+    cards = [c for c in job.cards[:shown] if c["row"]["file"] not in failed]
+    out, thinned = Predictions(classes=asked.names, errors=job.errors, shown=cards), 0
     for _, group in itertools.groupby(rows, key=lambda r: r["input"]):
         together = list(group)
         out.rows += together
@@ -204,7 +275,7 @@ def _finished(out: Predictions, asked: Question, failed: set[str], digests: Sequ
         out.notes.append(
             f"{thinned} slides have more tiles of tissue than were scored (--max-tiles), spread evenly"
         )
-    out.sha256 = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+    out.sha256 = hashlib.sha256("".join(sorted(job.digests)).encode()).hexdigest()
     return out
 
 

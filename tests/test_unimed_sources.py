@@ -93,10 +93,11 @@ def test_the_original_tars_hold_the_same_pictures_and_captions(tree, tmp_path, c
         (w["image"], [(t, kinds.get(tree.name, k)) for t, k in w["captions"]]) for w in tree.expected.values()
     ]
     assert got == sorted(want)
-    known = tree.name != "radimagenet"  # there the path says it, which the tars have not
-    assert {(e.image, e.modality) for e in found} == {
-        (w["image"], w.get("modality", "") if known else "") for w in tree.expected.values()
-    }
+    if tree.name != "radimagenet":  # there the path says it, which the tars have not
+        assert {(e.image, e.modality) for e in found} == {
+            (w["image"], w.get("modality", modality.named(w["captions"][0][0])))
+            for w in tree.expected.values()
+        }
     assert Manifest.read(tmp_path / "out" / tree.name / "1.0.0").licence == LAYOUTS[tree.name].licence
 
 
@@ -244,6 +245,27 @@ def test_what_a_figure_says_is_text_or_nothing_or_a_reject(tmp_path):
     found, bad = exported(tmp_path, "llava_med_hq_60k_set")
     assert set(found) == {"1.jpg:mention", "2.jpg:caption"}
     assert set(bad) == {f"llava_med_hq_60k_set/{k}" for k in ("1.jpg:caption", "2.jpg:mention")}
+
+
+def test_rewrites_that_are_no_texts_reject_their_entry(tmp_path):
+    pictures_of(tmp_path, "1.png", "2.png", "3.png")
+    entries = [{"image_id": str(i), "caption": "Heart is big"} for i in range(1, 4)]
+    (tmp_path / "filter_cap.json").write_text(json.dumps({"annotations": entries}))
+    rewrites = [["Big heart"], [5, None], [{"text": "x"}]]
+    (tmp_path / "openai_refined_concepts.json").write_text(json.dumps({"refined_captions": rewrites}))
+    found, bad = exported(tmp_path, "openi")
+    assert ({k: said(e)[1:] for k, e in found.items()}, len(bad)) == ({"1.png": [("Big heart.", "llm")]}, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "is empty"), ("a,b\n1,x".encode("utf-16"), "not UTF-8")]
+)
+def test_tables_that_are_empty_or_in_another_encoding(tmp_path, content, message):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "train_captions.csv").write_bytes(content)
+    source = open_source("roco", {"raw": str(tmp_path / "raw"), "captions": str(tmp_path)})
+    with pytest.raises(DataError, match=message):
+        source.items()
 
 
 def test_json_with_a_byte_order_mark_is_read_and_a_repeated_key_is_not(tmp_path):

@@ -82,6 +82,10 @@ def csv_rows(
                 header = next(reader, [])
             except csv.Error as e:
                 raise DataError(f"{file} is no CSV: {e}", "download it again") from e
+            if "\0" in "".join(header):
+                raise DataError(f"{file} is not UTF-8", "save it as CSV UTF-8")
+            if not header:
+                raise DataError(f"{file} is empty", "download it again")
             places = [header.index(c) if c in header else -1 if isinstance(c, str) else c for c in columns]
             for wanted, place in zip(columns, places, strict=True):
                 if not 0 <= place < len(header):

@@ -50,12 +50,13 @@ def openi(paths: Sequence[Path]) -> Iterator[Row]:
         )
     for i, (report, rewritten) in enumerate(zip(reports, rewrites, strict=True)):
         where = f"{paths[0].name} entry {i}"
-        name, caption = (report.get(k) if isinstance(report, dict) else None for k in ("image_id", "caption"))
-        texts = rewritten if isinstance(rewritten, list) else [0]
-        if not all(isinstance(x, str) for x in (name, caption, *texts)):
+        report = report if isinstance(report, dict) else {}
+        rewritten = rewritten if isinstance(rewritten, list) else [None]
+        name, texts = report.get("image_id"), [report.get("caption"), *rewritten]
+        if not all(isinstance(x, str) for x in (name, *texts)):
             yield Row("", fault="it has no image_id, caption or list of rewrites", where=where)
         else:
-            yield Row(f"{name}.png", (caption, *texts), where=where)
+            yield Row(f"{name}.png", tuple(texts), where=where)
 
 
 def _json(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -192,15 +193,14 @@ def test_nothing_appears_when_something_is_wrong(tmp_path, monkeypatch, fault):
             os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         )
     elif fault == "flip":
-        plain = tensor_writer.write_safetensors
+        plain = tensor_writer._put
 
-        def broken(file, *args):
-            plain(file, *args)
-            data = bytearray(file.read_bytes())
-            data[-7] ^= 1
-            file.write_bytes(data)
+        def broken(f, at, data):
+            flipped = bytearray(data)
+            flipped[-7:-6] = [b ^ (at > 10_000) for b in flipped[-7:-6]]
+            plain(f, at, flipped)
 
-        monkeypatch.setattr(outputs, "write_safetensors", broken)
+        monkeypatch.setattr(tensor_writer, "_put", broken)
     else:
 
         def more(folder):
@@ -217,6 +217,53 @@ def test_nothing_appears_when_something_is_wrong(tmp_path, monkeypatch, fault):
     with pytest.raises(DataError, match=words[fault]):
         outputs.write("openclip", p, TINY, tmp_path / "o", tokenizer=None, more=more)
     assert not list(tmp_path.iterdir())
+
+
+def leaf_by_leaf(p):
+    return sorted(clip.flatten(p).items())
+
+
+@pytest.mark.parametrize("to", ["openclip", "hf-vision", "unimed"])
+def test_leaves_one_at_a_time_give_the_same_file(tmp_path, to):
+    p = params(TINY)
+    for place, given in (("whole", p), ("leaves", iter(leaf_by_leaf(p)))):
+        outputs.write(to, given, TINY, tmp_path / place / to, tokenizer=None)
+    written = [outputs.open_source(tmp_path / place / to) for place in ("whole", "leaves")]
+    assert written[0].state.keys() == written[1].state.keys()
+    assert all(np.array_equal(written[0].state[k], v) for k, v in written[1].state.items())
+
+
+@pytest.mark.parametrize("to", ["openclip", "unimed"])
+def test_leaves_that_do_not_fit_are_listed_and_nothing_is_written(tmp_path, to):
+    p = params(TINY)
+    word = p["text"]["word"]
+    del p["vision"]["cls"]
+    p["vision"] |= {"pos": p["vision"]["pos"][:-1], "other": np.zeros(3, np.float32)}
+    p["text"]["word"] = np.full_like(word, np.inf)
+    with pytest.raises(DataError) as refusal:
+        outputs.write(to, iter(leaf_by_leaf(p)), TINY, tmp_path / to, tokenizer=None)
+    for words in (
+        "1 missing: vision/cls",
+        "1 unexpected: vision/other",
+        "1 mis-shaped: vision/pos",
+        "1 not fin",
+    ):
+        assert words in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_is_known_before_any_tensor_is_made(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    untouched = iter(leaf_by_leaf(params(TINY)))
+    with pytest.raises(DataError, match="No space left"):
+        outputs.write("openclip", untouched, TINY, tmp_path / "o", tokenizer=None)
+    assert next(untouched)[0] == leaf_by_leaf(params(TINY))[0][0]
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(errno.EINVAL, "")))
+    outputs.write("openclip", params(TINY), TINY, tmp_path / "o", tokenizer=None)  # not every file system can
 
 
 def test_a_writer_that_forgets_a_setting_is_caught(tmp_path, monkeypatch):

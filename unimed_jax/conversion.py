@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from unimed_jax import config, infer, model_folder
+from unimed_jax import config, model_folder
 from unimed_jax.convert import card, native, optimizer, outputs, source, verify
 from unimed_jax.data import files
 from unimed_jax.data.text import Tokenizer
@@ -204,8 +204,7 @@ def _foreign(r: Request, tell: Tell) -> Converted:
         origin = pool.submit(_origin, found, r.digest)  # reads the whole file, beside the conversion
         done.read = found.report()
         tell(f"mapped  {done.read}")
-        # A model folder is written leaf by leaf; everything else looks at the weights more than once.
-        whole = found.params() if r.verify or r.to != "native" else None
+        whole = found.params() if r.verify else None  # else leaf by leaf
         if whole and r.verify:
             done.verified = check(found, whole, words, tell)
         _write(r, m, whole or found.leaves(), words, origin.result, done, tell, moments)
@@ -406,6 +405,8 @@ def check(
 
 def encoders(m: config.Model, params: clip.Params) -> tuple[verify.Encode, verify.Encode]:
     """Our two towers in float32 as functions on numpy arrays, embeddings not normalised; one tower may be absent."""
+    from unimed_jax import infer  # slow to import, and for proof alone
+
     have = clip.flatten(params)
     # A tower that the source does not have is never called; it only has to be there.
     whole = {

@@ -29,7 +29,6 @@ from unimed_jax.data.images import NORMALIZE
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip, zoo
-from unimed_jax.train import saved_states
 
 FORMAT, VERSION = "unimed_jax.model", 1
 WEIGHTS, TOKENIZER, CONFIG, CARD = "model.safetensors", "tokenizer.json", "config.json", "README.md"
@@ -158,6 +157,8 @@ def _from_folder(folder: Path) -> Parts:
 
 def _from_run(folder: Path, step: int | None, ema: bool | None) -> Parts:
     try:
+        from unimed_jax.train import saved_states  # orbax is slow to import
+
         params, meta = saved_states.load_params(folder, step=step, ema=ema)
     except DataError as e:
         raise DataError(
@@ -347,7 +348,7 @@ def save(
     shapes = {k: tuple(v.shape) for k, v in clip.flatten(clip.skeleton(cfg)[1]).items()}
     with files.swapped(folder, refuse) as beside:
         beside.mkdir()
-        digest = write_safetensors(beside / WEIGHTS, shapes, good, {"format": FORMAT})
+        digest = write_safetensors(beside / WEIGHTS, shapes, good, {"format": FORMAT}, hashed=True)
         if tokenizer is not None:
             tokenizer.save(beside)
         about = dict((extra() if callable(extra) else extra) or {})

@@ -1,7 +1,7 @@
 """Our models in the formats of others: refused when a format cannot hold one, read back before they appear.
 
-Each writer is a row of `WRITERS`. Weights are written beside their place, opened again by `convert.source`, compared
-bit for bit together with the architecture, and only then renamed.
+Each writer is a row of `WRITERS`. Weights are written beside their place, compared bit for bit with what a reader finds
+there, opened again by `convert.source`, which must see the same architecture, and only then renamed.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from unimed_jax import config
 from unimed_jax.convert import architecture, hf_configs, mapping, openclip_config, tables
-from unimed_jax.convert.mapping import Table
+from unimed_jax.convert.mapping import Row, Table
 from unimed_jax.convert.source import open_source
 from unimed_jax.convert.tensor_writer import write_safetensors
 from unimed_jax.data import files
@@ -35,6 +35,7 @@ REFUSED = {
     "vision-text-dual-encoder": _NO_DUAL,
     "VisionTextDualEncoderModel": _NO_DUAL,
 }
+Weights = clip.Params | Iterable[tuple[str, np.ndarray]]  # nested, or leaves one at a time
 Rule = tuple[Callable[[config.Model], bool], str]  # (what must not be, why)
 
 _LINEAR: Rule = (lambda m: m.vision.proj != "linear", "its image head is one matrix")
@@ -139,7 +140,7 @@ def possible(m: config.Model) -> list[str]:
 
 def write(
     to: str,
-    params: clip.Params,
+    params: Weights,
     m: config.Model,
     dst: str | Path,
     *,
@@ -153,7 +154,8 @@ def write(
 
     Args:
         to: a key of `WRITERS`.
-        params: our weights; for hf-vision the vision tower is enough.
+        params: our weights, as a nested dict, or as leaves, (path, array) one at a time, which then are never in memory
+            together (but for unimed); for hf-vision the vision tower is enough.
         m: their architecture.
         dst: folder, or file for unimed; it must not exist unless `force` is given.
         tokenizer: goes into the folder; None leaves it out.
@@ -180,7 +182,7 @@ def write(
         else:
             beside.mkdir()
             _save_folder(writer, beside, dst, params, m, tokenizer, hf_text_name)
-        _read_back(writer, beside, params, m)
+        _read_back(writer, beside, m)
         if more:
             more(beside)
     return [dst] if writer.is_file else sorted(dst.iterdir())
@@ -255,21 +257,42 @@ def _scalars(to: str, m: config.Model) -> list[str]:
     return ["logit_scale", *["logit_bias"] * m.logit_bias] if len(WRITERS[to].towers) == 2 else []
 
 
-def tensors(to: str, params: clip.Params, m: config.Model) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(to: str, params: Weights, m: config.Model) -> Iterator[tuple[str, np.ndarray]]:
     """A model as a format's tensors (float32, C order), one at a time.
 
+    Args:
+        to: a key of `WRITERS`.
+        params: nested dict, or leaves, (path, array) one at a time; what belongs to a tower that the format does not
+            have stays out.
+        m: their architecture.
+
     Raises:
-        DataError: when the parameters do not have the architecture's leaves and shapes; and at the end, listing every
-            tensor with a value that is not finite.
+        DataError: when the parameters do not have the architecture's leaves and shapes, of a nested dict at once, of
+            leaves at the end; and at the end, listing every tensor with a value that is not finite.
     """
-    broken = []
-    for name, tensor in _moved(to, params, m):
-        broken += [] if mapping.finite(tensor) else [name]
-        yield name, tensor
-    mapping.refuse("parameters", to, {"not finite": broken}, "train it again, or from an earlier step")
+    towers = _tables(to, m)
+    rows = {k: (Row(k, (k,)), ()) for k in _scalars(to, m)}
+    for tower, table in towers.items():
+        rows |= {f"{tower}/{row.ours}": (row, shape) for row, shape in mapping.rows_of(table, m)}
+    leaves = _whole(to, cast(clip.Params, params), m) if isinstance(params, dict) else params
+    faults: mapping.Faults = {kind: [] for kind in ("missing", "unexpected", "mis-shaped", "not finite")}
+    for name, leaf in leaves:
+        row, shape = rows.pop(name, (None, ()))
+        tower, _, path = name.partition("/")
+        if row is None:
+            faults["unexpected"] += [name] if tower in towers and not towers[tower].lacks(path) else []
+        elif tuple(leaf.shape) != shape:
+            faults["mis-shaped"].append(f"{name} {list(leaf.shape)} instead of {list(shape)}")
+        else:
+            for key, tensor in mapping.given(leaf, row):
+                faults["not finite"] += [] if mapping.finite(tensor) else [key]
+                yield key, tensor
+    faults["missing"] = sorted(rows)
+    mapping.refuse("parameters", to, faults, "train it again, or from an earlier step")
 
 
-def _moved(to: str, params: clip.Params, m: config.Model) -> Iterator[tuple[str, np.ndarray]]:
+def _whole(to: str, params: clip.Params, m: config.Model) -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested dict that a format holds; all that is missing or does not fit is refused first."""
     for name in _scalars(to, m):
         if name not in params:
             raise DataError(f"the parameters have no {name}", "give a whole model")
@@ -277,7 +300,8 @@ def _moved(to: str, params: clip.Params, m: config.Model) -> Iterator[tuple[str,
     for tower, table in _tables(to, m).items():
         if tower not in params:
             raise DataError(f"the parameters have no {tower} tower, which {to} holds", "give a whole model")
-        yield from mapping.to_state(params[tower], table, m)
+        for name, leaf in mapping.fitting(params[tower], table, m).items():
+            yield f"{tower}/{name}", leaf
 
 
 def shapes(to: str, m: config.Model) -> dict[str, tuple[int, ...]]:
@@ -288,7 +312,7 @@ def shapes(to: str, m: config.Model) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _save_torch(file: Path, params: clip.Params, m: config.Model, facts: Mapping[str, Any]) -> None:
+def _save_torch(file: Path, params: Weights, m: config.Model, facts: Mapping[str, Any]) -> None:
     try:
         import torch
     except ImportError as e:
@@ -305,13 +329,17 @@ def _save_torch(file: Path, params: clip.Params, m: config.Model, facts: Mapping
         "unimed_jax": {"model": config.to_dict(m)},
     }
     torch.save(body, file)
+    written = open_source(file).state
+    for name, tensor in state.items():
+        if name not in written or not np.array_equal(_bits(tensor.numpy()), _bits(written[name])):
+            raise DataError(f"{name} does not read back bit for bit", "the disk or the memory is faulty")
 
 
 def _save_folder(
     writer: Writer,
     folder: Path,
     dst: Path,
-    params: clip.Params,
+    params: Weights,
     m: config.Model,
     tokenizer: Tokenizer | None,
     hf_text_name: str,
@@ -349,8 +377,8 @@ def _unsaid(m: config.Model) -> tuple[str, ...]:
     return ("text.dropout",) if m.text.kind == "bert" else ("text.dropout", "text.pad_id")
 
 
-def _read_back(writer: Writer, path: Path, params: clip.Params, m: config.Model) -> None:
-    """Opens what was written as any user would, and compares architecture and bits, tensor by tensor."""
+def _read_back(writer: Writer, path: Path, m: config.Model) -> None:
+    """Opens what was written as any user would, and compares architecture and names; its bits were, when written."""
     source = open_source(path)
     want, got = architecture.flat(m), architecture.flat(source.model)
     towers = WRITERS[writer.name].towers
@@ -362,16 +390,8 @@ def _read_back(writer: Writer, path: Path, params: clip.Params, m: config.Model)
     if lost:
         words = "; ".join(f"{k} {want[k]!r} reads back as {got[k]!r}" for k in lost)
         raise DataError(f"{writer.name} does not keep this architecture: {words}", "please report it")
-    left = set(source.state)
-    # In the format's own layout: no stacked copy of a leaf is made again.
-    for name, mine in _moved(writer.name, params, m):
-        theirs = source.state.get(name, np.zeros(0, np.float32))
-        left.discard(name)
-        if mine.shape != theirs.shape or not np.array_equal(_bits(mine), _bits(theirs)):
-            raise DataError(f"{name} does not read back bit for bit", "the disk or the memory is faulty")
-        source.release()
-    if left:
-        raise DataError(f"{', '.join(sorted(left)[:4])} should not be there", "please report it")
+    if other := sorted(source.state.keys() ^ shapes(writer.name, m).keys()):
+        raise DataError(f"{', '.join(other[:4])} should be there, or should not", "please report it")
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

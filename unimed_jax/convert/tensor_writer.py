@@ -5,6 +5,7 @@ Format: https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -14,10 +15,11 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from unimed_jax.convert.tensor_file import open_safetensors
 from unimed_jax.data.files import file_sha256
 from unimed_jax.errors import DataError
 
@@ -30,6 +32,8 @@ def write_safetensors(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str] | None = None,
+    *,
+    hashed: bool = False,
 ) -> str:
     """Writes float32 tensors in the order of their names, whatever order they come in, and waits for the disk.
 
@@ -39,12 +43,14 @@ def write_safetensors(
         tensors: (name, array), each name once; quickest in the order of their names. An array must not change after
             it was handed over.
         metadata: for the header.
+        hashed: whether the file's sha256 is wanted, which is computed while it is written.
 
     Returns:
-        The file's sha256.
+        The sha256, or "".
 
     Raises:
-        DataError: when the tensors are not those of `shapes`.
+        DataError: when the tensors are not those of `shapes`, or one does not read back bit for bit.
+        OSError: when it cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
     end = 0
@@ -55,24 +61,48 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     left = set(shapes)
-    with file.open("wb") as f, _Flusher(f.fileno()) as flusher, _Digest() as digest:
-        f.write(len(text).to_bytes(8, "little") + text)
+    with file.open("wb") as f, _Flusher(f.fileno()) as flusher, _Digest(wanted=hashed) as digest:
+        _allocate(f.fileno(), start + end)
+        _put(f, 0, len(text).to_bytes(8, "little") + text)
         digest.add(0, len(text).to_bytes(8, "little") + text)
+        seen = open_safetensors(file)  # from here on, every tensor as a reader finds it
         for name, tensor in _ahead(tensors):
             if name not in left or tuple(tensor.shape) != tuple(shapes[name]):
                 raise DataError(f"{file.name}: tensor {name} {list(tensor.shape)} was not announced")
             left.remove(name)
-            data = np.ascontiguousarray(tensor, "<f4").reshape(-1).view(np.uint8).data
+            data = np.ascontiguousarray(tensor, "<f4").reshape(-1).view(np.uint32)
             at = start + header[name]["data_offsets"][0]
-            f.seek(at)
-            f.write(data)
-            digest.add(at, data)
-            flusher.add(len(data))
-        f.flush()
+            _put(f, at, data.view(np.uint8).data)
+            if not np.array_equal(seen[name].reshape(-1).view(np.uint32), data):
+                raise DataError(f"{name} does not read back bit for bit", "the disk or the memory is faulty")
+            digest.add(at, data.view(np.uint8).data)
+            if flusher.add(data.nbytes):
+                seen.release()
         os.fsync(f.fileno())
     if left:
         raise DataError(f"{file.name}: {len(left)} tensors were announced and never came: {sorted(left)[0]}")
-    return digest.value or file_sha256(file)
+    return digest.value or (file_sha256(file) if hashed else "")
+
+
+def _allocate(handle: int, size: int) -> None:
+    """Gives a file its size and blocks: a full disk is known before any work, and writing costs half the system time.
+
+    Raises:
+        OSError: when the disk has no room for it.
+    """
+    os.ftruncate(handle, size)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(handle, 0, size)
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise  # anything else: a file system that cannot, and need not
+
+
+def _put(f: BinaryIO, at: int, data: Any) -> None:
+    f.seek(at)
+    f.write(data)
+    f.flush()
 
 
 def _ahead(items: Iterable[Item]) -> Iterator[Item]:
@@ -104,12 +134,14 @@ class _Flusher:
         if self._error and kind is None:  # the disk reports it once, so not again at the end
             raise self._error
 
-    def add(self, size: int) -> None:
-        """Takes note of so many bytes written."""
+    def add(self, size: int) -> bool:
+        """Takes note of so many bytes written; whether they now begin to go to the disk."""
         self._waiting += size
-        if self._waiting >= _FLUSHED and self._work.empty():
+        begin = self._waiting >= _FLUSHED and self._work.empty()
+        if begin:
             self._waiting = 0
             self._work.put(True)
+        return begin
 
     def _run(self) -> None:
         while self._work.get():
@@ -122,8 +154,8 @@ class _Flusher:
 class _Digest:
     """The sha256 of bytes that are written in order, computed in a thread of its own while the next ones are made."""
 
-    def __init__(self):
-        self._hash, self._end, self._sequential = hashlib.sha256(), 0, True
+    def __init__(self, *, wanted: bool):
+        self._hash, self._end, self._sequential = hashlib.sha256(), 0, wanted
         self._work: queue.Queue[Any] = queue.Queue(maxsize=2)  # at most so many tensors are held for it
         self._thread = threading.Thread(target=self._run, name="sha256", daemon=True)
         self.value = ""

@@ -76,6 +76,13 @@ def _add_export_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--tokenizer", help="counts tokens; tokenizer.json, vocab.txt or a folder with one")
     verb.add_argument("--max-bad", type=float, help="share of items that may be rejected (default: 0.001)")
     verb.add_argument(
+        "--max-side",
+        type=int,
+        default=0,
+        metavar="N",
+        help="store larger pictures with a longer side of N pixels (default: as they are)",
+    )
+    verb.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another option of the source"
     )
     verb.add_argument("--force", action="store_true", help="replace a finished export")
@@ -135,6 +142,7 @@ def _build(args: argparse.Namespace) -> int:
             workers=args.workers,
             tokenizer=text.Tokenizer(args.tokenizer) if args.tokenizer else None,
             max_bad=max_bad,
+            max_side=args.max_side,
             force=args.force,
             steal=args.steal,
             progress=progress,
@@ -168,6 +176,7 @@ def _build_range(args: argparse.Namespace, source: RecordSource) -> int:
             shards=args.shards,
             workers=args.workers,
             tokenizer=text.Tokenizer(args.tokenizer) if args.tokenizer else None,
+            max_side=args.max_side,
             steal=args.steal,
             progress=progress,
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
-from unimed_jax.data import record
+from unimed_jax.data import record, reduce
 from unimed_jax.data.shards import Manifest
 
 
@@ -38,7 +39,7 @@ def text(manifest: Manifest) -> str:
             "| --- | --- | --- | --- |",
             *rows,
             "",
-            "Pictures are the source's bytes. 16-bit gray is stretched from the value range of the picture when it is "
+            f"{_pictures(m)} 16-bit gray is stretched from the value range of the picture when it is "
             "read; alpha is dropped, EXIF orientation is ignored, of several frames the first is used.",
             "",
             "```python",
@@ -48,6 +49,21 @@ def text(manifest: Manifest) -> str:
             "```",
             "",
         ]
+    )
+
+
+def _pictures(m: Manifest) -> str:
+    if not m.reduction:
+        return "Pictures are the source's bytes."
+    sums = Counter[str]()
+    for counts in m.counts.values():
+        sums.update({k: n for k, n in counts.items() if k in ("reduced jpeg", "reduced png", reduce.KEPT)})
+    r, kept = m.reduction, sums[reduce.KEPT]
+    return (
+        f"Pictures are the source's bytes up to {r['max_side']} pixels a side. Of larger ones "
+        f"{sums['reduced jpeg'] + sums['reduced png']} were reduced to that ({r['filter']}) and stored anew: "
+        f"{sums['reduced jpeg']} as JPEG (quality {r['jpeg_quality']}, {r['jpeg_sampling']}), {sums['reduced png']} "
+        f"as PNG; original_sha256 is the digest of the source's bytes.{f' {kept} were kept.' if kept else ''}"
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimed_jax.data import card, files, limits, lock, pool, record, writer
+from unimed_jax.data import card, files, limits, lock, pool, record, reduce, writer
 from unimed_jax.data.shards import MANIFEST, REJECTS, SPLIT_NAME, VERSION, Manifest, RecordSource, ShardInfo
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.data.writer import Job
@@ -39,6 +39,7 @@ def export(
     workers: int = 1,
     tokenizer: Tokenizer | None = None,
     max_bad: float = limits.MAX_BAD_SHARE,
+    max_side: int = 0,
     force: bool = False,
     steal: bool = False,
     progress: Progress | None = None,
@@ -52,6 +53,7 @@ def export(
         workers: processes; 1 works in this one.
         tokenizer: counts the tokens of every caption and is saved as `<out>/tokenizer.json`; default: the one there.
         max_bad: share of the items that may be rejected.
+        max_side: larger pictures are made smaller, see data/reduce.py; 0 = none.
         force: write everything anew, also over a finished export.
         steal: take over the lock of an exporter on another machine that is known to be dead.
         progress: called with (items done, items in all, rejects) after each shard.
@@ -64,10 +66,10 @@ def export(
     if not 0 <= max_bad <= 1:
         raise UsageError(f"max_bad is {max_bad}", "a share, 0 to 1")
     root = Path(out)
-    folder = _folder(source, root, shards, workers)
+    folder = _folder(source, root, shards, workers, max_side)
     with lock.held(folder / _LOCK, steal=steal):
         tokenizer = _tokenizer(root, tokenizer, force)
-        jobs = plan(source, folder, shards, tokenizer)
+        jobs = plan(source, folder, shards, tokenizer, max_side)
         digest = _digest([source.licence, source.description, *(j.digest for j in jobs)])
         if (folder / MANIFEST).exists() and not force:
             return _unchanged(folder, digest)
@@ -90,6 +92,7 @@ def write_range(
     shards: int | None = None,
     workers: int = 1,
     tokenizer: Tokenizer | None = None,
+    max_side: int = 0,
     steal: bool = False,
     progress: Progress | None = None,
 ) -> tuple[int, int]:
@@ -105,6 +108,7 @@ def write_range(
         shards: files a split.
         workers: processes.
         tokenizer: counts the tokens of every caption.
+        max_side: larger pictures are made smaller.
         steal: take over locks of another machine's dead exporter.
         progress: called after each shard.
 
@@ -116,9 +120,9 @@ def write_range(
         DataError: when another exporter writes one of them, or the export is finished; and as `export`.
     """
     root = Path(out)
-    folder = _folder(source, root, shards, workers)
+    folder = _folder(source, root, shards, workers, max_side)
     tokenizer = _tokenizer(root, tokenizer, force=False)
-    jobs = plan(source, folder, shards, tokenizer)
+    jobs = plan(source, folder, shards, tokenizer, max_side)
     mine = jobs[first:last] if 0 <= first < last else []
     if not mine:
         raise UsageError(f"shards {first}:{last} are none of {len(jobs)}", f"a range within 0:{len(jobs)}")
@@ -132,8 +136,9 @@ def write_range(
     return sum(writer.finished(job) is not None for job in jobs), len(jobs)
 
 
-def _folder(source: RecordSource, root: Path, shards: int | None, workers: int) -> Path:
+def _folder(source: RecordSource, root: Path, shards: int | None, workers: int, max_side: int) -> Path:
     """The folder of an export, made."""
+    reduce.check(max_side)
     if not _SOURCE_NAME.fullmatch(source.name):
         raise UsageError(f"{source.name!r} is no name for a source", "lower case letters, digits, - and _")
     if workers < 1 or (shards is not None and shards < 1):
@@ -150,7 +155,9 @@ def _shard_lock(job: Job) -> Path:
     return job.path.with_name(f".lock-{job.path.name}")
 
 
-def plan(source: RecordSource, folder: Path, shards: int | None, tokenizer: Tokenizer | None) -> list[Job]:
+def plan(
+    source: RecordSource, folder: Path, shards: int | None, tokenizer: Tokenizer | None, max_side: int = 0
+) -> list[Job]:
     """Cuts the items of a source into shards: a pure function of the items.
 
     Raises:
@@ -186,9 +193,18 @@ def plan(source: RecordSource, folder: Path, shards: int | None, tokenizer: Toke
             part = ordered[k * len(ordered) // n : (k + 1) * len(ordered) // n]
             items, keys = tuple(item for _, _, item in part), tuple(key for _, key, _ in part)
             made_from = [tokenizer.digest if tokenizer else "", split, *_made_from(source, items, keys)]
+            if max_side:
+                made_from.append(json.dumps(reduce.settings(max_side)))
             name = f"unimed-{split}.array_record-{k:05d}-of-{n:05d}"
             jobs.append(
-                Job(path=folder / name, split=split, items=items, keys=keys, digest=_digest(made_from))
+                Job(
+                    path=folder / name,
+                    split=split,
+                    items=items,
+                    keys=keys,
+                    digest=_digest(made_from),
+                    max_side=max_side,
+                )
             )
     return jobs
 
@@ -329,6 +345,7 @@ def _finalize(
         tokenizer=tokenizer.digest if tokenizer else "",
         plan=digest,
         counts={split: dict(sorted(c.items())) for split, c in counts.items()},
+        reduction=reduce.settings(jobs[0].max_side),
     )
     _remove_strangers(folder, jobs)
     card.write_tfds_metadata(folder, manifest)

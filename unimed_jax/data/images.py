@@ -54,7 +54,18 @@ def _check_size(width: int, height: int, where: str) -> None:
 
 
 def open_image(data: bytes, *, where: str = "") -> Image.Image:
-    """Opens and fully decodes a picture in its own mode; pictures of more than 8 bits come back as mode L.
+    """Opens and fully decodes a picture as `load_image` does; pictures of more than 8 bits come back as mode L.
+
+    Raises:
+        TooLarge: see `load_image`.
+        DataError: see `load_image`; also for values that are not finite.
+    """
+    image = load_image(data, where=where)
+    return _to_8_bits(image) if image.mode.startswith(_WIDE) else image
+
+
+def load_image(data: bytes, *, where: str = "") -> Image.Image:
+    """Opens and fully decodes a picture in its own mode.
 
     Args:
         data: the bytes of a file.
@@ -83,7 +94,7 @@ def open_image(data: bytes, *, where: str = "") -> Image.Image:
             else e
         )
         raise DataError(f"{where or 'the picture'} cannot be decoded: {reason}") from e
-    return _to_8_bits(image) if image.mode.startswith(_WIDE) else image
+    return image
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -128,6 +139,16 @@ def pixels_of(file: BinaryIO) -> int:
     return math.prod(_open(file).size)
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """The (width, height) that the header of a picture promises; nothing is decoded.
+
+    Raises:
+        TooLarge: for so many pixels that Pillow does not even look at them.
+        DataError: for bytes of no allowed format.
+    """
+    return _open(io.BytesIO(data)).size
+
+
 def _fast_jpeg(data: bytes, where: str) -> UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"] | None:
     """Decodes with simplejpeg where its pixels equal Pillow's (gray and YCbCr); None = let Pillow decide."""
     if not data.startswith(b"\xff\xd8\xff") or len(data) > limits.MAX_FILE_BYTES:
@@ -161,15 +182,17 @@ def decode(data: bytes, *, where: str = "") -> UInt8[np.ndarray, "h w"] | UInt8[
     """
     pixels = _fast_jpeg(data, where)
     if pixels is None:
-        image = open_image(data, where=where)
-        if image.mode in _GRAY:
-            image = image.convert("L")
-        elif image.mode == "LA":
-            image = image.getchannel("L")
-        elif image.mode != "RGB":
-            image = image.convert("RGB")
-        pixels = np.asarray(image)
+        pixels = np.asarray(plain(open_image(data, where=where)))
     return pixels
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """A picture of 8 bits as mode L where it is gray, else RGB."""
+    if image.mode in _GRAY:
+        return image.convert("L")
+    if image.mode == "LA":
+        return image.getchannel("L")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_rgb(pixels: UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:

@@ -31,7 +31,7 @@ class Example:
     """One picture, as its source stores it, with everything that is said about it."""
 
     key: str  # source/relative path, unique
-    image: bytes  # the source's bytes, unchanged
+    image: bytes  # the source's bytes, unchanged unless a smaller picture was asked for
     image_format: str = ""  # jpeg, png, ...; found from the bytes
     height: int = 0  # pixels
     width: int = 0  # pixels
@@ -43,6 +43,7 @@ class Example:
     split: str = "train"
     sha256: str = ""  # of the image bytes, hexadecimal
     simulated: bool = False  # drawn or computed, not acquired
+    original_sha256: str = ""  # of the source's bytes, where smaller ones are stored (data/reduce.py)
 
 
 # name on disk: (field of Example, kind of value). The order is the order on disk, which makes the bytes deterministic.
@@ -58,6 +59,7 @@ _SCALARS: dict[str, tuple[str, str]] = {
     "split": ("split", "text"),
     "sha256": ("sha256", "text"),
     "simulated": ("simulated", "int"),
+    "original_sha256": ("original_sha256", "text"),
 }
 
 _SEQUENCES = {"captions/text": "bytes", "captions/kind": "bytes", "captions/tokens": "int", "labels": "bytes"}

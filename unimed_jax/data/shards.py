@@ -106,6 +106,9 @@ class Manifest:
     tokenizer: str = ""  # digest of the tokenizer that counted the tokens
     plan: str = ""  # digest of the source's items and options
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # split: {what: count}
+    reduction: dict[str, Any] = field(
+        default_factory=dict
+    )  # how large pictures were made smaller (data/reduce.py)
 
     def examples(self, split: str) -> int:
         """The number of records in a split."""

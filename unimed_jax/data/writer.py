@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unimed_jax.data import markers, record, validate
+from unimed_jax.data import markers, record, reduce, validate
 from unimed_jax.data.files import file_sha256, sync, write_text
 from unimed_jax.data.record import Example
 from unimed_jax.data.shards import RecordSource, array_record_module
@@ -36,6 +36,7 @@ class Job:
     items: tuple[Any, ...]
     keys: tuple[str, ...]
     digest: str
+    max_side: int = 0  # pixels of the longer side that are stored at most; 0 = any
 
     @property
     def part(self) -> Path:
@@ -74,7 +75,7 @@ def write_shard(source: RecordSource, job: Job, tokenizer: Tokenizer | None) -> 
         writer = module.ArrayRecordWriter(str(part), OPTIONS)
         for item, key in zip(job.items, job.keys, strict=True):
             try:
-                example, notes = _read(source, item, key, job.split, tokenizer)
+                example, notes = _read(source, item, key, job, tokenizer)
                 blob = record.encode(example)
             except Reject as e:
                 rejects.append({"key": key, "split": job.split, "reason": e.reason, "detail": e.detail})
@@ -108,9 +109,9 @@ def write_shard(source: RecordSource, job: Job, tokenizer: Tokenizer | None) -> 
 
 
 def _read(
-    source: RecordSource, item: Any, key: str, split: str, tokenizer: Tokenizer | None
+    source: RecordSource, item: Any, key: str, job: Job, tokenizer: Tokenizer | None
 ) -> tuple[Example, Counter[str]]:
-    """One example as it is stored, and what had to be done to its captions."""
+    """One example as it is stored, and what had to be done to its picture and captions."""
     try:
         example = source.example(item)
     except (Reject, UnimedError):
@@ -121,10 +122,13 @@ def _read(
         raise Reject("unreadable", e.strerror or type(e).__name__) from e
     except Exception as e:
         raise Fault(f"source {source.name} broke on {key}: {type(e).__name__}: {e}") from e
-    if example.split != split:
-        raise Fault(f"source {source.name} lists {key} in split {split} and reads it as {example.split}")
+    if example.split != job.split:
+        raise Fault(f"source {source.name} lists {key} in split {job.split} and reads it as {example.split}")
     example = replace(example, key=key, source=source.name)
     notes = markers.tally(example.captions, source.name)
+    example, reduced = reduce.apply(example, job.max_side)
+    if reduced:
+        notes[reduced] += 1
     example = validate.finish(example, tokenizer.count if tokenizer else None)
     if sum(map(len, (example.image, *(c.text for c in example.captions)))) > record.limits.MAX_RECORD_BYTES:
         raise Reject("too_large", f"more than {record.limits.MAX_RECORD_BYTES} bytes in one record")

@@ -30,7 +30,7 @@ class Item:
 
     id: str  # unique within its inputs
     data: bytes | UInt8[np.ndarray, "..."]  # an image file as it is, else u8[h w] or u8[h w 3]
-    sha256: str = ""  # of the stored bytes, when asked for
+    sha256: str = ""  # of the stored bytes, or those that a record's picture was reduced from; when asked for
     file: str = ""  # as the user named it, or below what the user named
     frame: int = 0
     modality: str = ""
@@ -207,7 +207,7 @@ class Records:
     def read(self, number: int, *, hashed: bool = False) -> list[Item]:
         """The record's picture."""
         e = self._pool[number]
-        digest = hashlib.sha256(e.image).hexdigest() if hashed else ""
+        digest = (e.original_sha256 or hashlib.sha256(e.image).hexdigest()) if hashed else ""
         return [Item(id=e.key, data=e.image, sha256=digest, modality=e.modality, key=e.key)]
 
     def with_keys(self, keys: Collection[str]) -> dict[str, Item]:

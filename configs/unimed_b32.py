@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from unimed_jax.config import UNIMED_SOURCES, Data, Duration, Optim, Source, Train
+from unimed_jax.config import UNIMED_WEIGHTS, Data, Duration, Optim, Source, Train
 from unimed_jax.errors import UsageError
 from unimed_jax.models import zoo
 
@@ -19,6 +19,6 @@ def get_config(arg: str = "") -> Train:
         batch_size=2048,  # 16 devices of 128
         duration=Duration(epochs=10),
         model=model,
-        data=Data(sources=() if arg else tuple(Source(name=n) for n in UNIMED_SOURCES)),
+        data=Data(sources=() if arg else tuple(Source(name=n, weight=w) for n, w in UNIMED_WEIGHTS.items())),
         optim=Optim(lr=5e-4, weight_decay=0.2, warmup=Duration(steps=2000)),
     )

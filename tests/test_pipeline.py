@@ -590,7 +590,14 @@ def test_plan_counts_what_a_run_would_read(root, tokenizer):
     assert planned["tokens"]["captions"] == lengths.size
     assert planned["tokens"]["mean"] == lengths.mean()
     assert sum(planned["tokens"]["up_to"].values()) == lengths.size
-    fit = (np.sort(lengths, axis=-1)[:, 3] <= 10).mean()
-    assert planned["text_groups"] == {"batches": 6, "fit": fit}
+    assert planned["tokens"]["padding"] == pytest.approx((tokens == tokenizer.pad_id).mean())
+    fit = np.sort(lengths, axis=-1)[:, 3] <= 10
+    padding = 1 - lengths.sum() / np.where(fit, 4 * 10 + 4 * 12, 8 * 12).sum()
+    assert planned["text_groups"] == pytest.approx({"batches": 6, "fit": fit.mean(), "padding": padding})
+    c.optim.accum_steps = 2  # four rows a micro-batch of one device: it is cut without moving rows
+    halves = np.sort(lengths.reshape(-1, 2, 2, 2).swapaxes(1, 2).reshape(12, 2, 2), axis=-1)
+    fit = (halves[..., 0] <= 10).all(axis=-1)
+    planned = pipeline.plan(c, steps=6, shards_of_batch=2)["text_groups"]
+    assert (planned["batches"], planned["fit"]) == (12, fit.mean())
     c.model.text_groups = ()
     assert pipeline.plan(c)["text_groups"] == {}

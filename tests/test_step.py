@@ -97,8 +97,11 @@ def six(run):
 
 def test_metrics(six):
     names = {"loss", "grad_norm", "param_norm", "lr", "logit_scale", "bad", "i2t_top1", "t2i_top1", "pos_sim"}
+    of_batch = {"same_caption_rate", "same_caption_pairs", "text_padding"}
     state, metrics = six
-    assert set(metrics[0]) == names
+    assert set(metrics[0]) == names | of_batch
+    assert metrics[0]["same_caption_rate"] == 2 / ROWS
+    assert metrics[0]["text_padding"] == pytest.approx((batch(small_model.model())["tokens"] == 0).mean())
     assert [m["bad"] for m in metrics] == [0] * 6
     np.testing.assert_allclose([m["lr"] for m in metrics[:4]], [1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3], rtol=1e-5)
     assert metrics[0]["logit_scale"] == pytest.approx(1 / 0.07)

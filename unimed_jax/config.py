@@ -16,22 +16,24 @@ from typing import Any
 from unimed_jax.errors import UsageError, did_you_mean
 
 MODALITIES = ("X-ray", "CT", "MRI", "Ultrasound", "Histopathology", "Fundus")
-# The 13 parts of UniMed in the order of its mixture (5.28 million pairs).
-UNIMED_SOURCES = (
-    "radimagenet",
-    "chexpert",
-    "mimic_cxr",
-    "openi",
-    "chest_xray8",
-    "roco",
-    "pmc_clip",
-    "llava_med_alignment_set",
-    "llava_med_hq_60k_set",
-    "quilt",
-    "retina_part1",
-    "retina_part2",
-    "retina_part3",
-)
+# The 13 parts of UniMed in the order of its mixture (5.28 million pairs) with their weights. The original reads its
+# shards once an epoch, whatever their source: with data.mixture "size" that is a weight of 1 each.
+UNIMED_WEIGHTS = {
+    "radimagenet": 1.0,
+    "chexpert": 1.0,
+    "mimic_cxr": 1.0,
+    "openi": 1.0,
+    "chest_xray8": 1.0,
+    "roco": 1.0,
+    "pmc_clip": 1.0,
+    "llava_med_alignment_set": 1.0,
+    "llava_med_hq_60k_set": 1.0,
+    "quilt": 1.0,
+    "retina_part1": 1.0,
+    "retina_part2": 1.0,
+    "retina_part3": 1.0,
+}
+UNIMED_SOURCES = tuple(UNIMED_WEIGHTS)
 CAPTION_KINDS = ("original", "report", "template", "llm")
 
 

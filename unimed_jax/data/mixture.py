@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt64
 
 from unimed_jax.errors import UsageError
+
+_CHUNK = 1 << 18  # positions counted at a time: a few megabytes
 
 
 class Draw(NamedTuple):
@@ -66,6 +69,24 @@ class Mixture:
         source_epoch, place = divmod(nth, self.sizes[source])
         keys = keys_of(self.seed, f"source/{self.names[source]}", source_epoch)
         return Draw(source, permute(place, self.sizes[source], keys), source_epoch)
+
+    def counts(self, position: int) -> tuple[int, ...]:
+        """Returns how often each source stands before a position of the stream: `draws` for a whole epoch.
+
+        Example:
+            >>> mix = Mixture(names=("a", "b"), sizes=(3, 2), draws=(3, 4), seed=0)
+            >>> mix.counts(14), sum(mix.counts(17))
+            ((6, 8), 17)
+        """
+        epoch, rest = divmod(position, self.epoch_examples)
+        counts = np.array(self.draws) * epoch
+        keys, ends = keys_of(self.seed, "mixture", epoch), np.array(_ends(self.draws), np.uint64)
+        for start in range(0, rest, _CHUNK):
+            offsets = np.arange(start, min(start + _CHUNK, rest), dtype=np.uint64)
+            slots = permute_all(offsets, self.epoch_examples, keys)
+            sources = np.searchsorted(ends, slots, side="right")
+            counts += np.bincount(sources, minlength=len(self.draws))
+        return tuple(counts.tolist())
 
 
 def draws_per_epoch(
@@ -126,6 +147,37 @@ def permute(index: int, n: int, keys: tuple[int, ...]) -> int:
         index = row * columns + column
         if index < n:
             return index
+
+
+def permute_all(indices: UInt64[np.ndarray, "m"], n: int, keys: tuple[int, ...]) -> UInt64[np.ndarray, "m"]:
+    """`permute` of many numbers at once: millions a second, where a few are quicker one by one.
+
+    Example:
+        >>> keys = keys_of(0, "example", 0)
+        >>> permute_all(np.arange(5, dtype=np.uint64), 5, keys).tolist() == [permute(i, 5, keys) for i in range(5)]
+        True
+    """
+    rows = math.isqrt(n - 1) + 1
+    columns = -(-n // rows)
+    out = np.array(indices, np.uint64)
+    outside = np.arange(len(out))
+    while len(outside):
+        row, column = np.divmod(out[outside], np.uint64(columns))
+        for k in range(0, len(keys), 2):
+            # The remainder comes before the sum, too: 64 bits wrap where Python's integers grow.
+            row = (row + _mix_all(column ^ np.uint64(keys[k])) % np.uint64(rows)) % np.uint64(rows)
+            column = (column + _mix_all(row ^ np.uint64(keys[k + 1])) % np.uint64(columns)) % np.uint64(
+                columns
+            )
+        out[outside] = row * np.uint64(columns) + column
+        outside = outside[out[outside] >= n]
+    return out
+
+
+def _mix_all(x: UInt64[np.ndarray, "m"]) -> UInt64[np.ndarray, "m"]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _mix(x: int) -> int:

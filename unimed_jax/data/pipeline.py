@@ -248,9 +248,10 @@ def plan(cfg: config.Train, *, steps: int = 16, shards_of_batch: int = 1) -> dic
         shards_of_batch: devices that a batch is split over; each groups its own rows by length.
 
     Returns:
-        JSON-ready: `sources` (records, draws and passes an epoch, share, caption policy), `epoch_examples`,
-        `steps_per_epoch`, `total_steps`, `epochs`, `tokens` (lengths of the captions drawn, from the counts stored
-        at export; empty where none are stored) and `text_groups` (share of batches that fit; empty when off).
+        JSON-ready: `mixture`, `sources` (weight, records, draws and passes an epoch, share, caption policy),
+        `epoch_examples`, `steps_per_epoch`, `total_steps`, `epochs`, `tokens` (lengths of the captions drawn, from the
+        counts stored at export, and the share of padding without groups; empty where none are stored) and
+        `text_groups` (share of batches that fit, and of padding; empty when off).
 
     Raises:
         UsageError, DataError: as `make`.
@@ -261,9 +262,11 @@ def plan(cfg: config.Train, *, steps: int = 16, shards_of_batch: int = 1) -> dic
     total = cfg.duration.steps_for(batch_size=cfg.batch_size, epoch_examples=mix.epoch_examples)
     lengths = _caption_lengths(mix, opened, policies, min(steps, max(1, total)) * cfg.batch_size)
     return {
+        "mixture": cfg.data.mixture,
         "sources": [
             {
                 "name": spec.name,
+                "weight": spec.weight,
                 "records": size,
                 "draws_per_epoch": draws,
                 "passes_per_epoch": draws / size,
@@ -307,19 +310,29 @@ def _histogram(lengths: Int32[np.ndarray, "n"], context: int) -> dict[str, Any]:
         "p95": float(np.percentile(inside, 95)),
         "longest": int(lengths.max()),
         "truncated": float((lengths > context).mean()),
+        "padding": float(1 - inside.mean() / context),
         "up_to": {str(e): int(c) for e, c in zip(edges, counts, strict=True)},
     }
 
 
 def _groups_fit(lengths: Int32[np.ndarray, "n"], cfg: config.Train, shards_of_batch: int) -> dict[str, Any]:
     """Share of batches in which every length group holds captions of its width only (see models/text.py)."""
-    rows = cfg.batch_size // shards_of_batch
-    sorted_rows = np.sort(lengths.reshape(-1, shards_of_batch, rows), axis=-1)
-    fit = np.ones(len(sorted_rows), bool)
-    share = 0.0
-    for width, part in cfg.model.text_groups:
+    context, groups = cfg.model.text.context_length, cfg.model.text_groups
+    rows = cfg.batch_size // shards_of_batch // cfg.optim.accum_steps
+    by_device = np.minimum(lengths, context).reshape(-1, shards_of_batch, cfg.optim.accum_steps, rows)
+    ordered = np.sort(by_device.swapaxes(1, 2).reshape(-1, shards_of_batch, rows), axis=-1)
+    fit = np.ones(len(ordered), bool)
+    share, first, positions = 0.0, 0, 0
+    for i, (width, part) in enumerate(groups):
         share += part
-        end = int(share * rows + 1e-6)
-        if end and width < cfg.model.text.context_length:
-            fit &= (sorted_rows[..., end - 1] <= width).all(axis=-1)
-    return {"batches": len(fit), "fit": float(fit.mean())}
+        end = rows if i == len(groups) - 1 else int(share * rows + 1e-6)
+        positions += width * (end - first)
+        first = end
+        if end:
+            fit &= (ordered[..., end - 1] <= width).all(axis=-1)
+    computed = np.where(fit, positions, rows * context)
+    return {
+        "batches": len(fit),
+        "fit": float(fit.mean()),
+        "padding": float(1 - ordered.mean() * rows / computed.mean()),
+    }

@@ -6,6 +6,7 @@ BERT: Devlin et al. 2018; CLIP's: Radford et al. 2021, section 2.4. Tokens are p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -141,8 +142,8 @@ class Text(nnx.Module):
         lengths = self.lengths(tokens).reshape(shards, -1)
         order = jnp.argsort(lengths, axis=1)
         lengths = jnp.take_along_axis(lengths, order, axis=1)
-        parts = quotas(self.groups, b // shards)  # [(width, first row, end)]
-        fits = jnp.all(jnp.stack([jnp.all(lengths[:, i:j] <= width) for width, i, j in parts]))
+        parts = quotas(self.groups, b // shards)
+        fits = _fit(lengths, parts)
 
         def narrow(tokens: Array, order: Array) -> Array:
             sorted_tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
@@ -179,3 +180,30 @@ def quotas(groups: Groups, rows: int) -> list[tuple[int, int, int]]:
             out.append((width, start, end))
         start = end
     return out
+
+
+def _fit(ordered: Int[Array, "shards n"], parts: Sequence[tuple[int, int, int]]) -> Bool[Array, ""]:
+    """Whether every shard's captions, by rising length, are no longer than the widths of their groups."""
+    return jnp.all(jnp.stack([jnp.all(ordered[:, i:j] <= width) for width, i, j in parts]))
+
+
+def positions(lengths: Int[Array, "shards n"], groups: Groups, width: int) -> Float[Array, ""]:
+    """Token positions that captions of these lengths are encoded at: padding counts.
+
+    Args:
+        lengths: tokens of each caption, by data shard.
+        groups: of the model.
+        width: of the tokens, the context length.
+
+    Example:
+        >>> lengths = jnp.array([[3, 16, 4, 7]])
+        >>> float(positions(lengths, ((6, 0.5), (16, 0.5)), 16)), float(positions(lengths, (), 16))
+        (44.0, 64.0)
+    """
+    shards, n = lengths.shape
+    plain = jnp.float32(shards * n * width)
+    if not any(w < width for w, _ in groups):
+        return plain
+    parts = quotas(groups, n)
+    narrow = jnp.float32(shards * sum(min(w, width) * (j - i) for w, i, j in parts))
+    return jnp.where(_fit(jnp.sort(lengths, axis=1), parts), narrow, plain)

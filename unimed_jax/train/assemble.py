@@ -173,7 +173,8 @@ def compiled_step(
     parts: Built,
 ) -> Callable[[dict[str, Any], dict[str, jax.Array]], tuple[dict[str, Any], Any]]:
     """The train step, compiled ahead for this state and batch: another shape or type raises, nothing recompiles."""
-    train_step: Any = step.make_train_step(parts.cfg, parts.graphdef, parts.tx, parts.mesh)
+    sources = len(parts.data.mixture.names) if isinstance(parts, Parts) else 0
+    train_step: Any = step.make_train_step(parts.cfg, parts.graphdef, parts.tx, parts.mesh, sources=sources)
     return train_step.lower(parts.state, abstract_batch(parts.cfg, parts.mesh)).compile()
 
 

@@ -124,6 +124,7 @@ class _Run:
         self.pending: collections.deque[tuple[int, Any]] = collections.deque()
         self.bad_steps: list[int] = []
         self.tracing = False
+        self.examples = np.zeros(0, np.int64)  # read of each source since the first step of the run
         self.outputs: list[writers.Writer] = []
         self.console: writers.Plain | writers.Bar | None = None
 
@@ -223,6 +224,7 @@ class _Run:
             with self.watchdog.paused():
                 train_step = assemble.compiled_step(self.parts)
             self.meter.restart()
+            self.examples = np.array(self.parts.data.mixture.counts(start * self.cfg.batch_size))
             for step in range(start, self.total):
                 if step > start:
                     self._between(state, step)
@@ -330,17 +332,23 @@ class _Run:
             self._read(state, *self.pending.popleft())
 
     def _read(self, state: dict[str, Any], step: int, metrics: Any) -> None:
-        values = {k: np.asarray(v).item() for k, v in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        self.examples = self.examples + found.pop("examples")
+        values = {k: np.asarray(v).item() for k, v in found.items()}
         bad = values.get("bad", 0) or not math.isfinite(values["loss"])
         self.bad_steps = [*self.bad_steps, step] if bad else []
         if bad:
             self._tell(f"step {step}: the loss or its gradient is not finite; the update was not applied")
         if bad or step % self.cfg.log_every == 0 or step == self.total:
-            self._record(step, values | self.meter.read())
+            self._record(step, values | self._examples_read() | self.meter.read())
         elif self.console:
             self.console.advance(step)
         if len(self.bad_steps) >= self.cfg.max_bad_steps:
             self._diverged(state)
+
+    def _examples_read(self) -> dict[str, int]:
+        names = self.parts.data.mixture.names
+        return {f"examples/{name}": n for name, n in zip(names, self.examples.tolist(), strict=True)}
 
     def _record(self, step: int, values: dict[str, Any]) -> None:
         if not values:

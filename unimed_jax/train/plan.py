@@ -148,12 +148,16 @@ def _gb(n: float) -> str:
 
 
 def _mixture(data: dict[str, Any]) -> list[str]:
-    lines = [f"data      {data['epoch_examples']:,} examples an epoch from {len(data['sources'])} sources"]
+    lines = [
+        f"data      {data['epoch_examples']:,} examples an epoch from {len(data['sources'])} sources, mixture "
+        f"{data['mixture']}"
+    ]
     width = max(len(s["name"]) for s in data["sources"])
     for s in data["sources"]:
         lines.append(
-            f"  {s['name']:<{width}}  {s['records']:>10,} records  {s['share']:>6.1%} of the draws, "
-            f"{s['passes_per_epoch']:.2f} passes an epoch, captions {s['captions']}"
+            f"  {s['name']:<{width}}  {s['draws_per_epoch']:>10,} an epoch ({s['share']:>6.2%}) of "
+            f"{s['records']:>10,} records, weight {s['weight']:g}: {s['passes_per_epoch']:.2f} passes, captions "
+            f"{s['captions']}"
         )
     return lines
 
@@ -164,11 +168,11 @@ def _text(data: dict[str, Any]) -> list[str]:
         return ["captions  no token counts in the records"]
     lines = [
         f"captions  mean {t['mean']:.1f} tokens, median {t['median']:.0f}, 95 % up to {t['p95']:.0f}, longest "
-        f"{t['longest']}; {t['truncated']:.1%} cut ({t['captions']:,} drawn)"
+        f"{t['longest']}; {t['truncated']:.1%} cut, {t['padding']:.1%} padding ({t['captions']:,} drawn)"
     ]
-    if data["text_groups"]:
+    if g := data["text_groups"]:
         lines.append(
-            f"  text_groups: {data['text_groups']['fit']:.1%} of {data['text_groups']['batches']} batches fit"
+            f"  text_groups: {g['fit']:.1%} of {g['batches']} batches fit, {g['padding']:.1%} padding"
         )
     return lines
 

@@ -19,12 +19,12 @@ from jaxtyping import Array, PRNGKeyArray
 from unimed_jax import config, parallel
 from unimed_jax.models import clip
 from unimed_jax.models.clip import Embeddings, Params
-from unimed_jax.train import optim
+from unimed_jax.train import batch_metrics, optim
 from unimed_jax.train.loss import contrastive_loss
 
 State = dict[str, Any]
 Batch = Mapping[str, Array]
-Metrics = dict[str, Array]  # f32[] each
+Metrics = dict[str, Array]  # f32[] each, but `examples` i32[sources]
 
 
 def create_state(cfg: config.Train, params: Params, tx: Any) -> State:
@@ -43,13 +43,14 @@ def create_state(cfg: config.Train, params: Params, tx: Any) -> State:
 
 
 def make_train_step(
-    cfg: config.Train, graphdef: nnx.GraphDef, tx: Any, mesh: Mesh
+    cfg: config.Train, graphdef: nnx.GraphDef, tx: Any, mesh: Mesh, *, sources: int = 0
 ) -> Callable[..., tuple[State, Metrics]]:
     """The jitted step `(state, batch, key=None) -> (state, metrics)`; the given state is donated.
 
-    `batch` has `image` u8[b h w 3] and `tokens` i32[b t], and may have `mask` bool[b] (rows that count) and
-    `caption_id` i32[b] (needed by `loss.dedup="mask"`); its rows lie on the mesh as `parallel.put` lays them.
-    `key` is the base key, by default that of `cfg.seed`; the step's own key is `fold_in(key, state["step"])`.
+    `batch` has `image` u8[b h w 3] and `tokens` i32[b t], and may have `mask` bool[b] (rows that count),
+    `caption_id` i32[b] (needed by `loss.dedup="mask"`) and `source` i32[b], below `sources` (0 = not counted). Its
+    rows lie on the mesh as `parallel.put` lays them. `key` is the base key, by default that of `cfg.seed`; the step's
+    own key is `fold_in(key, state["step"])`.
 
     The loss is over the global batch also when it is computed in `optim.accum_steps` micro-batches: all embeddings
     come first, without gradients; then the loss and its gradients to them; then each micro-batch goes through the
@@ -59,7 +60,7 @@ def make_train_step(
     numbers, so all decide alike.
 
     Metrics: `loss`, `grad_norm`, `param_norm` (both over trainable parameters), `lr`, `logit_scale` (the factor),
-    `bad` (1 when the update was left out) and those of the loss.
+    `bad` (1 when the update was left out), those of the loss and those of the batch (train/batch_metrics.py).
 
     Raises:
         UsageError: for a batch that does not divide over devices and micro-batches, or patterns that match nothing.
@@ -89,6 +90,8 @@ def make_train_step(
             mean, rest = optim.split(state["ema"], frozen)
             mean = keep(optim.update_ema(mean, trainable, cfg.optim.ema_decay, state["step"]), mean)
             new["ema"] = optim.join(mean, rest)
+        text = clip.bind(graphdef, state["params"]).text
+        metrics |= batch_metrics.of_batch(batch, text, cfg, mesh, sources)
         metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,

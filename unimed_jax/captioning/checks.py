@@ -28,6 +28,9 @@ NORMAL = (
     "no disease",
 )
 _NO_MATTER = frozenset({"tissue", "mucosa", "study", "image", "scan", "appearance", "exam", "examination"})
+# Words that begin so say, beside "normal", that something differs from it.
+_DIFFERS = ("than", "replac", "distort", "effac", "disrupt", "displac", "destroy", "loss", "lose", "lost")
+_REACH_IN_NORMAL = 3  # words: "no effusion in this normal knee" denies the effusion
 _ABNORMAL = ("abnormal", "abnormality", "pathologic", "pathological", "diseased")
 
 _MONTH = (
@@ -37,18 +40,26 @@ _MONTH = (
 # What says something about one patient or one picture, which no label can know.
 _PERSONAL = {
     "age": r"\b\d{1,3}[- ]?(?:years?|yrs?|months?|weeks?|days?)\b|\b\d{1,3}[- ]?y/?o\b"
-    r"|\bage[ds]?:? ?\d|\b(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:[- ]\w+)?[- ]years?[- ]old\b",
+    r"|\bage[ds]?:? ?\d|\b(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:[- ]\w+)?[- ]years?[- ]old\b"
+    r"|\b(?:neonate|newborn|baby|infant|toddler|child|adolescent|teenager|elderly|\w+genarian)s?\b",
     "date": r"\b\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}\b|\b(?:19|20)\d{2}\b"
-    rf"|\b\d{{1,2}}(?:st|nd|rd|th)? (?:of )?{_MONTH}(?!\w)|\b{_MONTH} \d{{1,2}}\b",
+    rf"|\b\d{{1,2}}(?:st|nd|rd|th)? (?:of )?{_MONTH}(?!\w)|\b{_MONTH} \d{{1,2}}\b"
+    r"|\b(?:sun|mon|tues|wednes|thurs|fri|satur)day\b",
     # Capital "MR" is a modality and "DR" a disease.
     "name": r"(?-i:\b(?:Mr|Mrs|Ms|Miss|Mister|Dr|Doctor|Prof|Professor|Herr|Frau|Mme|Sra?)\b\.? [A-Z]"
     r"|\b(?:mr|mrs|ms|dr|prof)\. [a-z])|\bpatient(?:'s)? name",
     "id": r"\b(?:mrn|accession|ssn|dob|patient id|record number|case (?:no|number))\b|\d{5,}"
     r"|\b\d{3}-\d{2}-\d{4}\b|\b(?:patient|case|study|subject)[ #:]*\d",
     "contact": r"[\w.+-]+@[\w-]+\.\w|https?:|\bwww\.",
-    "sex": r"\b(?:wo)?m[ae]n\b|\b(?:fe)?males?\b|\bboys?\b|\bgirls?\b|\b(?:gentle|young|elderly) ?(?:wo)?m[ae]n\b",
+    "side": r"\b(?:left|right)\b(?![ -](?:ventric|atri|heart))",
+    "sex": r"\b(?:gentle)?(?:wo)?m[ae]n\b|\b(?:fe)?males?\b|\b(?:boy|girl|lady|ladie)s?\b",
     "size": r"\b\d+(?:[.,]\d+)? ?(?:mm|cm|ml|cc|hu|mg|kg)\b",
 }
+# Frequent words of German, French, Spanish and Italian that are none in English; one may be part of a name.
+_NOT_ENGLISH = {
+    "der", "das", "und", "mit", "ist", "ein", "eine", "einer", "im", "den", "dem", "von", "zu", "auf", "les", "des",
+    "une", "avec", "dans", "sur", "est", "du", "au", "el", "los", "una", "por", "para", "y", "il", "lo", "gli", "della",
+}  # fmt: skip
 _META = (
     r"\b(?:as an ai|language model|i (?:cannot|can't|am|will|apologi[sz]e)|i'm|sorry,|here (?:are|is)|sure[,!]"
     r"|captions?\b[ #]*\d|ignore (?:all|any|the|previous|above|prior)|(?:previous|above) instructions?|system prompt"
@@ -112,12 +123,14 @@ class Checker:
             return "finding_missing", f"it does not mention {triplet.finding!r}" + (
                 " or a synonym" if triplet.synonyms else ""
             )
+        reach = _REACH_IN_NORMAL if normal else words.REACH
         for span in mentions:
             # What is itself a denial is not denied by others before it: "nothing abnormal, no finding".
-            if found[span.start] != "no" and words.denied(found, span):
+            if found[span.start] != "no" and words.denied(found, span, reach):
                 return "contradiction", f"it denies {_quote(found, span)}"
         for span in words.spans(found, _ABNORMAL if normal else NORMAL):
-            if not words.inside(span, mentions) and not (normal and words.denied(found, span)):
+            fine = words.denied(found, span) if normal else _compared(found, span)
+            if not fine and not words.inside(span, mentions):
                 return "contradiction", f"it says {_quote(found, span)}"
         fine = {triplet.modality, *modality.every(" ; ".join((triplet.anatomy, *own)))}
         if named := [m for m in modality.every(text) if m not in fine]:
@@ -159,6 +172,8 @@ def is_normal(triplet: Triplet) -> bool:
         True
     """
     said, where = (words.normalised(x).split() for x in (triplet.finding, triplet.anatomy))
+    if said[:1] in (["normal"], ["healthy"]):
+        return "pressure" not in said  # normal pressure hydrocephalus
     rest = " ".join(w for w in said if w not in where and w not in _NO_MATTER)
     return rest in map(words.normalised, (*NORMAL, "no findings"))
 
@@ -166,6 +181,12 @@ def is_normal(triplet: Triplet) -> bool:
 def terms(triplet: Triplet) -> tuple[str, ...]:
     """What mentions a label's finding: itself, its synonyms and, of a picture without finding, the words for that."""
     return (triplet.finding, *triplet.synonyms, *(NORMAL if is_normal(triplet) else ()))
+
+
+def _compared(text: Sequence[str], span: words.Span) -> bool:
+    """Whether "normal" says what is not there: "larger than normal", "replaces the normal tissue"."""
+    near = [*text[max(0, span.start - 3) : span.start], *text[span.end : span.end + 4]]
+    return any(word.startswith(_DIFFERS) for word in near)
 
 
 def _quote(text: Sequence[str], span: words.Span) -> str:
@@ -179,16 +200,23 @@ def _form(text: str, _: Triplet, __: Rules) -> tuple[str, str] | None:
         return "text", "it has line breaks or invisible characters"
     if text[:1].isspace() or not (text[:1].isalnum() or text[:1] in "\"'“‘("):
         return "text", "it begins with no letter or digit"
+    if "?" in text:
+        return "text", "it asks"
     if markers.find(text, "") or markers.is_placeholder(text):
         return "text", "it holds a marker or stands for nothing"
     foreign = [c for c in text if c.isalpha() and not unicodedata.name(c, "").startswith(("LATIN", "GREEK"))]
-    return ("language", f"it has letters such as {foreign[0]!r}") if foreign else None
+    if foreign:
+        return "language", f"it has letters such as {foreign[0]!r}"
+    others = sorted(_NOT_ENGLISH.intersection(words.words(text)))
+    return ("language", f"it has words such as {others[0]!r}") if len(others) > 1 else None
 
 
 def _length(text: str, _: Triplet, rules: Rules) -> tuple[str, str] | None:
     n = len(text.split())
     if not rules.min_words <= n <= rules.max_words:
         return "length", f"{n} words, not {rules.min_words} to {rules.max_words}"
+    if (different := len(set(words.normalised(text).split()))) < min(rules.min_words, n):
+        return "length", f"{different} different words, not {rules.min_words}"
     if rules.count and rules.max_tokens and (n := rules.count(text)) > rules.max_tokens:
         return "length", f"{n} tokens, more than {rules.max_tokens}"
     return None

@@ -26,30 +26,43 @@ _SPELLING = (
 )
 _STOPS = frozenset(".;:!?")  # a comma does not end a list of what is not there
 _END = _STOPS | {
-    "but",
-    "however",
-    "although",
-    "though",
-    "yet",
-    "except",
-    "with",
-    "showing",
-    "shows",
-    "demonstrating",
-}
-_BEFORE = (
-    "no", "not", "non", "none", "never", "neither", "nor", "nothing", "without", "absent", "absence of", "lack of",
-    "lacks", "lacking", "free of", "free from", "clear of", "devoid of", "negative for", "denies", "fails to",
-    "excluding", "excludes", "excluded", "rule out", "rules out", "ruled out", "ruling out", "isn't", "doesn't",
-    "cannot", "unlikely", "resolved", "instead of", "rather than", "other than",
+    "but", "however", "although", "though", "yet", "except", "with", "showing", "shows", "demonstrating", "because",
+}  # fmt: skip
+# What goes on where it seems to end: "not consistent with pneumonia".
+_WITH = {"consistent", "inconsistent", "compatible", "incompatible", "keeping", "concordant", "line"}
+# After a comma these begin a new thought: "without volume loss, typical of pneumonia".
+_ANEW = {
+    "typical", "characteristic", "consistent", "compatible", "suggestive", "suggesting", "indicating", "indicative",
+    "representing", "as", "in", "due",
+}  # fmt: skip
+_DENIALS = (
+    "no", "none", "never", "neither", "nor", "nothing", "nowhere", "absence of", "lack of", "lacks", "lacking",
+    "free of", "free from", "clear of", "devoid of", "negative for", "denies", "excluding", "excludes", "excluded",
+    "rule out", "rules out", "ruled out", "ruling out", "unlikely", "resolved", "instead of", "rather than",
+    "other than", "against", "little to", "inconsistent", "incompatible", "far from", "wrong to",
+)  # fmt: skip
+# These deny a part of a sentence, up to its verb: "an opacity that is not sharp suggests pneumonia".
+_PARTIAL = ("not", "non", "without", "isn't", "doesn't", "cannot", "fails to")
+_VERBS = {"suggests", "indicates", "represents", "reflects", "means", "proves"}
+# What is doubtful, past, or only looks like it; nearer to the term than a denial.
+_DOUBTS = (
+    "absent", "possible", "possibly", "suspected", "questionable", "doubtful", "unlike", "mimic", "mimics", "mimicking",
+    "imitates", "imitating", "history of", "previous", "former", "cleared", "versus", "vs",
+)  # fmt: skip
+_SEEN = (
+    "seen", "present", "visible", "identified", "found", "evident", "apparent", "demonstrated", "detected", "noted",
+    "shown", "there", "confirmed", "observed", "recognised", "recognized", "appreciated", "suspected",
 )  # fmt: skip
 _AFTER = (
-    "absent", "is absent", "are absent", "is not", "are not", "was not", "were not", "isn't", "cannot", "not seen",
-    "not present", "not visible", "not identified", "ruled out", "excluded", "unlikely", "resolved", "has resolved",
-    "free",
+    *(f"not {seen}" for seen in _SEEN), "not be", "not been", "not depicted", "lacking", "is absent", "are absent", "absent", "isn't", "cannot", "never",
+    "nowhere", "none", "no longer", "ruled out", "excluded", "unlikely", "resolved", "free", "cleared", "gone",
+    "questionable", "doubtful", "suspected", "possible", "versus", "vs",
 )  # fmt: skip
-_CUES_BEFORE, _CUES_AFTER = ([tuple(cue.split()) for cue in cues] for cues in (_BEFORE, _AFTER))
-_REACH = 6  # words between a cue and the term
+_DENIAL_CUES, _PARTIAL_CUES, _DOUBT_CUES, _AFTER_CUES = (
+    [tuple(cue.split()) for cue in cues] for cues in (_DENIALS, _PARTIAL, _DOUBTS, _AFTER)
+)
+REACH = 6  # words between a denial and the term
+_REACH_OF_DOUBT = 3
 _REACH_AFTER = 2
 
 
@@ -120,31 +133,49 @@ def _singular(word: str) -> str:
     )
 
 
-def denied(text: Sequence[str], span: Span) -> bool:
-    """Whether a cue before or after denies what stands at a span.
+def denied(text: Sequence[str], span: Span, reach: int = REACH) -> bool:
+    """Whether a cue before or after denies what stands at a span, or doubts it.
+
+    Args:
+        text: of `words`.
+        span: of the term.
+        reach: words before the term in which a denial counts.
 
     Example:
         >>> text = words("no sign of pneumonia, but an effusion")
         >>> denied(text, Span(3, 4)), denied(text, Span(7, 8))
         (True, False)
     """
-    before = list(text[max(0, span.start - _REACH) : span.start])
-    for i in range(len(before) - 1, -1, -1):
-        if before[i] in _END:
-            before = before[i + 1 :]
-            break
-    if _holds(before, _CUES_BEFORE):
+    before = text[max(_clause(text, span.start), span.start - reach) : span.start]
+    said = next((i for i in range(len(before), 0, -1) if before[i - 1] in _VERBS), 0)
+    if (
+        holds(before, _DENIAL_CUES)
+        or holds(before[said:], _PARTIAL_CUES)
+        or holds(before[-_REACH_OF_DOUBT:], _DOUBT_CUES)
+    ):
         return True
     after: list[str] = []
     for word in text[span.end : span.end + _REACH_AFTER + 2]:
         if word in _END or word == ",":
             break
         after.append(word)
-    return any(tuple(after[i : i + len(cue)]) == cue for cue in _CUES_AFTER for i in range(_REACH_AFTER + 1))
+    return any(tuple(after[i : i + len(cue)]) == cue for cue in _AFTER_CUES for i in range(_REACH_AFTER + 1))
 
 
-def _holds(text: Sequence[str], cues: Iterable[tuple[str, ...]]) -> bool:
-    return any(tuple(text[i : i + len(c)]) == c for c in cues for i in range(len(text) - len(c) + 1))
+def _clause(text: Sequence[str], end: int) -> int:
+    """Where the clause begins that goes on until `end`."""
+    for i in range(end - 1, -1, -1):
+        before = text[i - 1] if i else ""
+        if text[i] in _END and not (text[i] == "with" and before in _WITH):
+            return i + 1
+        if text[i] in _ANEW and before == ",":
+            return i
+    return 0
+
+
+def holds(text: Sequence[str], cues: Iterable[Sequence[str]]) -> bool:
+    """Whether any of the cues, which are lists of words, stands in a text."""
+    return any(list(text[i : i + len(c)]) == list(c) for c in cues for i in range(len(text) - len(c) + 1))
 
 
 def inside(span: Span, others: Iterable[Span]) -> bool:

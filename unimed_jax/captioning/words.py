@@ -51,12 +51,12 @@ _DOUBTS = (
 )  # fmt: skip
 _SEEN = (
     "seen", "present", "visible", "identified", "found", "evident", "apparent", "demonstrated", "detected", "noted",
-    "shown", "there", "confirmed", "observed", "recognised", "recognized", "appreciated", "suspected",
+    "shown", "depicted", "there", "confirmed", "observed", "recognised", "recognized", "appreciated", "suspected",
 )  # fmt: skip
 _AFTER = (
-    *(f"not {seen}" for seen in _SEEN), "not be", "not been", "not depicted", "lacking", "is absent", "are absent", "absent", "isn't", "cannot", "never",
-    "nowhere", "none", "no longer", "ruled out", "excluded", "unlikely", "resolved", "free", "cleared", "gone",
-    "questionable", "doubtful", "suspected", "possible", "versus", "vs",
+    *(f"not {seen}" for seen in _SEEN), "not be", "not been", "is absent", "are absent", "absent", "lacking", "isn't",
+    "cannot", "never", "nowhere", "none", "no longer", "ruled out", "excluded", "unlikely", "resolved", "free",
+    "cleared", "gone", "questionable", "doubtful", "suspected", "possible", "versus", "vs",
 )  # fmt: skip
 _DENIAL_CUES, _PARTIAL_CUES, _DOUBT_CUES, _AFTER_CUES = (
     [tuple(cue.split()) for cue in cues] for cues in (_DENIALS, _PARTIAL, _DOUBTS, _AFTER)

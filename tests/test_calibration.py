@@ -16,10 +16,11 @@ from sklearn.calibration import _sigmoid_calibration
 
 from unimed_jax.cli import calibrate as verb
 from unimed_jax.cli import eval as eval_verb
+from unimed_jax.cli import predict as predict_verb
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import calibration, calibration_fit, multilabel, results, tasks
 
-MODEL = {"name": "m", "sha256": "ab" * 32, "dtype": "float32"}
+MODEL = {"name": "m", "sha256": "ab" * 32, "normalize": "openai", "dtype": "float32"}
 
 
 def classes(n: int = 400, truth: float = 2.5, seed: int = 0):
@@ -146,11 +147,16 @@ def test_a_file_holds_everything_and_belongs_to_model_and_prompts(stored):
     path, t, p = stored
     found = calibration.load(path)
     assert found.tasks == (t, p)
-    assert found.for_task("other name", "p2", MODEL["sha256"]) == p
-    with pytest.raises(UsageError, match="was fitted for the model abababababab, this one is cdcd"):
-        found.for_task("a", "p1", "cd" * 32)
+    assert found.for_task("other name", "p2", MODEL) == p
+    with pytest.raises(UsageError, match="was fitted for the model abababababab, here it is cdcd"):
+        found.for_task("a", "p1", MODEL | {"sha256": "cd" * 32})
+    with pytest.raises(UsageError, match="fitted for pixels normalised as openai, here it is half"):
+        found.for_task("a", "p1", MODEL | {"normalize": "half"})
+    with pytest.raises(UsageError, match="fitted for scores computed in float32, here it is bfloat16") as e:
+        found.for_task("a", "p1", MODEL | {"dtype": "bfloat16"})
+    assert "--dtype" in e.value.remedy
     with pytest.raises(UsageError, match=r"nothing for a with prompts p3 \(it has: a p1, f p2\)"):
-        found.for_task("a", "p3", MODEL["sha256"])
+        found.for_task("a", "p3", MODEL)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +169,7 @@ def test_a_file_holds_everything_and_belongs_to_model_and_prompts(stored):
         lambda r: r["tasks"][1]["findings"]["x"].update(scale=-1),
         lambda r: r["tasks"][1].pop("left"),
         lambda r: r.pop("model"),
+        lambda r: r["model"].pop("normalize"),
     ],
 )
 def test_a_damaged_file_is_refused(stored, change):
@@ -193,6 +200,8 @@ def test_records_that_were_fitted_on_are_noticed(stored):
     assert calibration.fitted_on(t, keys, others, allowed=False) == 0  # same names, other pictures
     both = np.concatenate([log_p[:2], others[2:]])
     assert calibration.fitted_on(t, keys, both, allowed=False) == 2
+    elsewhere = [f"/other/place/{k}" for k in keys]
+    assert calibration.fitted_on(t, elsewhere, t.undo(t.apply(log_p)), allowed=True) == 60
     figures = calibration_fit.of_classes(
         log_p, t.apply(log_p), np.arange(60) % 3, range(60), resamples=0, seed=0
     )
@@ -200,6 +209,25 @@ def test_records_that_were_fitted_on_are_noticed(stored):
     assert lines[0].startswith("ECE 0.")
     assert lines[1] == "IN SAMPLE: 60 of the records were used to fit"
     assert results.change({}) == []
+
+
+def test_what_was_applied_can_be_undone(stored):
+    _, t, p = stored
+    log_p, margins = classes(60)[0], pairs(100)[0]
+    np.testing.assert_allclose(t.undo(t.apply(log_p)), log_p, atol=1e-12)
+    np.testing.assert_allclose(p.undo(p.apply(margins, ["x", "z"]), ["x", "z"]), margins, atol=1e-12)
+    sure = np.array([[0.0, -800.0]])  # a saturated score has no sign of its zero
+    assert calibration.fingerprints(["a"], sure) == calibration.fingerprints(["a"], -abs(sure))
+
+
+def test_a_single_subject_is_not_judged_by_itself():
+    log_p, labels, subject, keys = classes(60)
+    one = calibration_fit.fit_temperature("a", "p", log_p, labels, subject * 0, keys, resamples=10)
+    assert (one.subjects, one.figures) == (1, {})
+    assert one.text().endswith("60 records of 1 subject")
+    margins, truth, subject, keys = pairs(100)
+    p = calibration_fit.fit_findings("f", "p", ["x", "y"], margins, truth, subject * 0, keys, resamples=10)
+    assert (p.subjects, p.figures) == (1, {})
 
 
 def test_a_threshold_lies_between_two_records():
@@ -270,6 +298,27 @@ def test_a_csv_is_fitted_and_applied_by_eval(folder, tmp_path, capsys):
     again = calibration.load(tmp_path / "again.json").tasks[0]
     assert (again.n, again.prompts_sha256) == (fitted.n, fitted.prompts_sha256)
     assert again.temperature == pytest.approx(fitted.temperature, rel=1e-3)
+
+
+def test_predict_notices_pictures_that_were_fitted_on(folder, tmp_path, capsys):
+    model = ["--model", str(folder / "model"), "--labels", "a,b"]
+    verb.run([str(folder / "val/list.csv"), "--out", str(tmp_path / "c.json"), "--ci", "0", *model])
+    lists = {k: str(folder / k / "list.csv") for k in ("val", "test")}
+    flags = [*model, "--calibration", str(tmp_path / "c.json"), "--ci", "10"]
+    assert predict_verb.run([lists["test"], *flags, "--out", str(tmp_path / "t.csv")]) == 0
+    assert "IN SAMPLE" not in capsys.readouterr().out
+    with pytest.raises(DataError, match="48 of 48 records were used to fit") as e:
+        predict_verb.run([lists["val"], *flags, "--out", str(tmp_path / "v.csv")])
+    assert "--in-sample" in e.value.remedy
+    assert len((tmp_path / "v.csv").read_text().splitlines()) == 49  # scores are not judged by anything
+    assert not (tmp_path / "v.metrics.json").exists()
+    capsys.readouterr()
+    assert predict_verb.run([lists["val"], *flags, "--in-sample", "--out", str(tmp_path / "w.csv")]) == 0
+    assert "IN SAMPLE: the calibration was fitted on 48 of 48 pictures" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--in-sample belongs to --calibration"):
+        predict_verb.run([lists["val"], *model, "--in-sample", "--out", str(tmp_path / "x.csv")])
+    with pytest.raises(UsageError, match="scores computed in float32"):
+        predict_verb.run([lists["val"], *flags, "--dtype", "bfloat16", "--out", str(tmp_path / "x.csv")])
 
 
 def test_findings_of_a_csv_are_fitted(folder, tmp_path, capsys):

@@ -64,7 +64,13 @@ def saved(
         )
         done.append(results.TaskResult(task=task, metrics=found, predictions=predictions))
     results.Results(
-        model={"name": f"model-{seed}", "sha256": f"{seed}" * 64, "dtype": "float32", "logit_scale": 10.0},
+        model={
+            "name": f"model-{seed}",
+            "sha256": f"{seed}" * 64,
+            "normalize": "openai",
+            "dtype": "float32",
+            "logit_scale": 10.0,
+        },
         data={"sources": {"set": {"split": "test", "records": 60}}, "evaluated": 60},
         code={"version": "0", "revision": "cd" * 20},
         settings={"resamples": 200, "seed": 0, "devices": 1},
@@ -88,6 +94,25 @@ def test_differences_are_those_of_the_stored_values(tmp_path):
         assert v["low"] < v["high"]
     assert task["values"]["accuracy"]["low"] > 0  # a better model, seen through the pairing
     json.dumps(found, allow_nan=False)
+
+
+def test_what_only_a_calibration_changes_is_said(tmp_path):
+    from unimed_jax.evaluate import calibration, calibration_fit
+
+    saved(tmp_path / "a", 1)
+    saved(tmp_path / "b", 1)
+    path = tmp_path / "b" / "results.json"
+    stored = json.loads(path.read_text())
+    fit = calibration.Temperature(name="t", prompts_sha256="", temperature=2.0, n=30, subjects=30)
+    logs = np.log(np.full((4, 3), 1 / 3))
+    figures = calibration_fit.of_classes(logs, logs, np.arange(4) % 3, range(4), resamples=0, seed=0)
+    stored["tasks"][0]["calibration"] = calibration.applied(fit, figures, 0)
+    path.write_text(json.dumps(stored))
+    notes = compare.folders(tmp_path / "a", tmp_path / "b")["tasks"][0]["notes"]
+    assert notes == [
+        "only other is calibrated: ECE, Brier score, AUROC and average precision change by it, predicted classes do not"
+    ]
+    assert compare.folders(tmp_path / "b", tmp_path / "b")["tasks"][0]["notes"] == []
 
 
 def test_the_interval_is_that_of_resampled_subjects_drawn_once_for_both():

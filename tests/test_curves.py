@@ -74,7 +74,13 @@ def folder(tmp_path, classes: int, n: int):
         for i, x in enumerate(log_p)
     ]
     whole = results.Results(
-        model={"name": "m", "sha256": "ab" * 32, "dtype": "float32", "logit_scale": 1.0},
+        model={
+            "name": "m",
+            "sha256": "ab" * 32,
+            "normalize": "openai",
+            "dtype": "float32",
+            "logit_scale": 1.0,
+        },
         data={"sources": {"s": {"split": "test", "records": n}}, "evaluated": n},
         code={"version": "0", "revision": ""},
         settings={"resamples": 0, "seed": 0},

@@ -107,7 +107,7 @@ def test_calibrated_scores_say_so_and_only_for_their_question(model, picture):
     fitted = calibration.Temperature(
         name="labels", prompts_sha256=TASK.digest, temperature=3.0, n=40, subjects=20
     )
-    known = {"name": "tiny", "sha256": model.digest, "dtype": "float32"}
+    known = model.about
     desk = demo.Desk(model, calibration.Calibration(model=known, tasks=(fitted,)))
     plain = np.array(list(demo.Desk(model).answer(picture, TASK, method="").scores.values()))
     found = desk.answer(picture, TASK, method="")

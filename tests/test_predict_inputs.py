@@ -136,7 +136,7 @@ def test_a_calibration_changes_scores_and_is_named(model, tmp_path, capsys):
     fit = calibration.Temperature(
         name="labels", prompts_sha256=task.digest, temperature=4.0, n=30, subjects=20
     )
-    facts = {"name": loaded.cfg.name, "sha256": loaded.digest, "dtype": loaded.dtype}
+    facts = loaded.about
     (tmp_path / "c.json").write_text(json.dumps(calibration.Calibration(model=facts, tasks=(fit,)).json()))
     run(model, tmp_path / "x.png", "--out", tmp_path / "a.csv")
     capsys.readouterr()
@@ -179,7 +179,7 @@ def test_thresholds_of_findings_come_from_the_calibration(model, tmp_path):
         k: {"scale": 1.0, "offset": 0.0, "threshold": t} for k, t in (("effusion", 1e-9), ("normal", 1.0))
     }
     fit = calibration.Platt(name="f", prompts_sha256=task.digest, findings=ones, left={}, n=9, subjects=9)
-    facts = {"name": loaded.cfg.name, "sha256": loaded.digest, "dtype": loaded.dtype}
+    facts = loaded.about
     (tmp_path / "c.json").write_text(json.dumps(calibration.Calibration(model=facts, tasks=(fit,)).json()))
     words = [
         tmp_path / "x.png",

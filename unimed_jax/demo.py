@@ -126,7 +126,7 @@ class Desk:
         if self.calibrated is None:
             return logs, "Scores are not calibrated probabilities."
         try:
-            found = self.calibrated.for_task(task.name, task.digest, self.model.digest)
+            found = self.calibrated.for_task(task.name, task.digest, self.model.about)
         except UsageError:
             found = None
         if not isinstance(found, calibration.Temperature):

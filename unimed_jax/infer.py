@@ -92,6 +92,17 @@ class Loaded:
             self._digest = h.hexdigest()
         return self._digest
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a record says of it: everything that scores depend on, but the pictures and the prompts."""
+        return {
+            "name": self.cfg.name,
+            "sha256": self.digest,
+            "normalize": self.cfg.vision.normalize,
+            "dtype": self.dtype,
+            "logit_scale": self.logit_scale,
+        }
+
     def describe(self) -> str:
         """One line: towers, size, weights, precision, devices."""
         v, t = self.cfg.vision, self.cfg.text

@@ -44,6 +44,7 @@ def _parser() -> Parser:
     add("--image", default="file", metavar="COLUMN", help="of the CSV: pictures, from the folder of the CSV")
     add("--label", default="label", metavar="COLUMN", help="of the CSV: the class")
     add("--batch-size", type=int, default=32, help="pictures at once")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     add("--threads", type=int, default=4, help="pictures decoded in parallel")
     return parser
 
@@ -95,6 +96,8 @@ def _say(found: Calibration) -> None:
         print(f"fitted  {t.name}: {t.text()}")
         for line in results.change({"figures": t.json()["figures"], "fitted_here": 0}):
             print(f"        out of fold, by subject: {line}")
+        if not t.figures:
+            print("        not judged: all records are of one subject, figures on them would flatter")
         for finding, why in getattr(t, "left", {}).items():
             print(f"left    {finding}: {why}")
 
@@ -119,7 +122,7 @@ def _of_csv(args: argparse.Namespace, source: Path) -> Calibration:
     from unimed_jax.evaluate import calibrate
 
     mesh = parallel.make_mesh(config.Mesh())
-    model = infer.load(args.model, mesh=mesh, batch_size=args.batch_size)
+    model = infer.load(args.model, mesh=mesh, batch_size=args.batch_size, dtype=args.dtype)
     with Progress("embed", "img") as progress:
         done = suite_run.evaluate(
             model, ready, resamples=0, threads=args.threads, examples=0, progress=progress

@@ -42,10 +42,8 @@ def run(argv: list[str]) -> int:
     from unimed_jax import infer
 
     model = infer.load(args.model, batch_size=1, dtype=args.dtype)
-    if calibrated is not None and calibrated.model["sha256"] != model.digest:
-        raise UsageError(
-            f"{args.calibration} belongs to another model", "unimed-jax calibrate with this model"
-        )
+    if calibrated is not None:
+        calibrated.require(model.about)
     print(f"model   {model.describe()}")
     demo.serve(
         lambda: demo.build(demo.Desk(model, calibrated), labels=labels, task=args.task),

@@ -88,6 +88,9 @@ def _ask(parser: Parser) -> None:
     parser.add_argument(
         "--calibration", default="", metavar="FILE", help="what unimed-jax calibrate has learned"
     )
+    parser.add_argument(
+        "--in-sample", action="store_true", help="it may have been fitted on the pictures with truth"
+    )
 
 
 def run(argv: list[str]) -> int:
@@ -99,6 +102,8 @@ def run(argv: list[str]) -> int:
         raise UsageError("nothing to score", "give files, folders or lists")
     if args.saliency and not args.report:
         raise UsageError("--saliency belongs to --report", "add --report OUT.html")
+    if args.in_sample and not args.calibration:
+        raise UsageError("--in-sample belongs to --calibration", "leave it out")
     from unimed_jax.cli import job
 
     task = _task(args)
@@ -140,6 +145,10 @@ def _run(
     from unimed_jax.evaluate import calibration, question
 
     fits = calibration.load(args.calibration) if args.calibration else None
+    if fits and args.window:
+        named.notes.append(
+            "--window changes the pixels, the calibration was fitted on the files' own windows"
+        )
     mesh = parallel.make_mesh(config.Mesh(), jax.local_devices())
     model = infer.load(args.model, mesh=mesh, batch_size=args.batch_size, dtype=args.dtype)
     asked = question.ask(model, task, fits)
@@ -187,16 +196,23 @@ def _write(
     """Judges, writes, and says what came of it."""
     from unimed_jax.evaluate import truth as truths
 
-    judged = truths.judge(asked, found, truth, resamples=args.ci) if truth else None
+    judged, refused = None, None
+    try:
+        if truth:
+            judged = truths.judge(asked, found, truth, resamples=args.ci, in_sample=args.in_sample)
+    except DataError as e:  # of the metrics: the scores are what they are
+        refused = e
     written = output.write(outputs, found, record, truth, judged)
     if args.json:
         summary: dict[str, Any] = record | {"predicted": found.counts(), "wrote": [str(p) for p in written]}
         print(json.dumps(summary | ({"metrics": judged.json} if judged else {}), indent=1))
-        return
-    for line in _lines(named, found, truth, judged):
-        print(line)
-    print(f"wrote   {'  '.join(str(p) for p in written)}")
-    print(f"note    {output.note(asked)}")
+    else:
+        for line in _lines(named, found, truth, judged):
+            print(line)
+        print(f"wrote   {'  '.join(str(p) for p in written)}")
+        print(f"note    {output.note(asked)}")
+    if refused:
+        raise refused
 
 
 def _lines(named: Found, found: Predictions, truth: Truth | None, judged: Judged | None) -> list[str]:

@@ -82,12 +82,7 @@ def record(
         "use": note(asked),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "code": {"version": __version__, "revision": run_folder.git_revision()},
-        "model": {
-            "name": model.cfg.name,
-            "sha256": model.digest,
-            "dtype": model.dtype,
-            "logit_scale": model.logit_scale,
-        },
+        "model": model.about,
         "prompts": {
             "name": task.name,
             "sha256": task.digest,

@@ -28,6 +28,12 @@ def from_results(
     about = results.read(folder)
     if "calibration" in about["settings"]:
         raise DataError(f"the scores of {folder} are calibrated already", "evaluate without --calibration")
+    try:
+        model = {k: about["model"][k] for k in ("name", *calibration.BOUND)}
+    except KeyError as e:
+        raise DataError(
+            f"{folder} does not say how its model computed ({e.args[0]})", "evaluate again"
+        ) from e
     classes = {t["name"]: t for t in about["tasks"]}
     pairs = {t["name"]: t for t in about.get("findings", ())}
     known = [*classes, *pairs]
@@ -59,5 +65,4 @@ def from_results(
                     name, digest, names, f.margins, f.truth, f.subjects, f.keys, **options
                 )
             )
-    model = {k: about["model"][k] for k in ("name", "sha256", "dtype")}
     return calibration.Calibration(model=model, tasks=tuple(fits))

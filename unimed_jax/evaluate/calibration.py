@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,13 @@ FORMAT, VERSION = "unimed_jax.calibration", 1
 RANGE = (0.01, 100.0)  # of a temperature
 SAME_SHARE = 0.05  # of the evaluated records may have been fitted on
 
+_BOUND = (  # what of a model decides its scores, and what to do where it differs
+    ("sha256", "the model", "unimed-jax calibrate with this model"),
+    ("normalize", "pixels normalised as", "unimed-jax calibrate with this model"),
+    ("dtype", "scores computed in", "the same --dtype, or calibrate with this one"),
+)
+BOUND = tuple(key for key, *_ in _BOUND)
+
 Figures = dict[str, dict[str, Value]]  # figure -> before, after, change
 
 
@@ -39,7 +46,11 @@ class Temperature:
     n: int
     subjects: int
     records: tuple[str, ...] = ()  # short hashes, to notice when they are evaluated again
-    figures: Figures = dataclasses.field(default_factory=dict)  # out of fold, on the validation records
+    figures: Figures = dataclasses.field(default_factory=dict)  # out of fold; none of a single subject
+
+    def undo(self, log_p: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
+        """What `apply` was given."""
+        return log_softmax(log_p * self.temperature)
 
     def apply(self, log_p: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
         """Logarithms of the calibrated probabilities, from those of the model's scores.
@@ -54,7 +65,7 @@ class Temperature:
     def text(self) -> str:
         """One line."""
         limit = ", at its limit: the scores say almost nothing about the labels" if self.at_limit else ""
-        return f"temperature {self.temperature:.3f} from {self.n} records of {self.subjects} subjects{limit}"
+        return f"temperature {self.temperature:.3f} from {_basis(self)}{limit}"
 
     @property
     def at_limit(self) -> bool:
@@ -81,9 +92,18 @@ class Platt:
 
     def apply(self, margins: Float[np.ndarray, "n f"], names: Sequence[str]) -> Float[np.ndarray, "n f"]:
         """Calibrated logits; a finding that could not be calibrated stays as it is."""
+        scale, offset = self._lines(names)
+        return margins * scale + offset
+
+    def undo(self, margins: Float[np.ndarray, "n f"], names: Sequence[str]) -> Float[np.ndarray, "n f"]:
+        """What `apply` was given."""
+        scale, offset = self._lines(names)
+        return (margins - offset) / scale
+
+    def _lines(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         one = {"scale": 1.0, "offset": 0.0}
         fits = [self.findings.get(k, one) for k in names]
-        return margins * [f["scale"] for f in fits] + [f["offset"] for f in fits]
+        return np.array([f["scale"] for f in fits]), np.array([f["offset"] for f in fits])
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -93,7 +113,7 @@ class Platt:
     def text(self) -> str:
         """One line."""
         left = f", {len(self.left)} left as they are" if self.left else ""
-        return f"{len(self.findings)} findings calibrated{left}, {self.n} records of {self.subjects} subjects"
+        return f"{len(self.findings)} findings calibrated{left}, from {_basis(self)}"
 
     def json(self) -> dict[str, Any]:
         """A plain dict."""
@@ -104,22 +124,30 @@ class Platt:
 class Calibration:
     """What one file holds."""
 
-    model: dict[str, Any]  # name, sha256, dtype
+    model: dict[str, Any]  # name, sha256, normalize, dtype
     tasks: tuple[Temperature | Platt, ...]
     sha256: str = ""  # of the file
 
-    def for_task(self, name: str, prompts_sha256: str, model_sha256: str) -> Temperature | Platt:
-        """The one that belongs to a model and its question.
+    def require(self, model: Mapping[str, Any]) -> None:
+        """Makes sure that it was fitted on the scores of a model as it computes now.
+
+        Raises:
+            UsageError: for other weights, other normalised pixels or another precision.
+        """
+        for key, what, fix in _BOUND:
+            if model[key] != self.model[key]:
+                raise UsageError(
+                    f"the calibration was fitted for {what} {self.model[key][:12]}, here it is {model[key][:12]}",
+                    fix,
+                )
+
+    def for_task(self, name: str, prompts_sha256: str, model: Mapping[str, Any]) -> Temperature | Platt:
+        """The one that belongs to a model (`Loaded.about`) and its question.
 
         Raises:
             UsageError: when the file was fitted for another model or other prompts.
         """
-        if model_sha256 != self.model["sha256"]:
-            raise UsageError(
-                f"the calibration was fitted for the model {self.model['sha256'][:12]}, this one is "
-                f"{model_sha256[:12]}",
-                "unimed-jax calibrate with this model",
-            )
+        self.require(model)
         for t in self.tasks:
             if t.prompts_sha256 == prompts_sha256:
                 return t
@@ -151,7 +179,7 @@ def load(path: str | Path) -> Calibration:
         if raw["format"] != FORMAT or raw["version"] != VERSION:
             raise ValueError("format")
         tasks = tuple(_one(t) for t in raw["tasks"])
-        model = {k: str(raw["model"][k]) for k in ("name", "sha256", "dtype")}
+        model = {k: str(raw["model"][k]) for k in ("name", *BOUND)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{path} holds no calibration that this program reads", "calibrate again") from e
     return Calibration(model=model, tasks=tasks, sha256=hashlib.sha256(data).hexdigest())
@@ -182,6 +210,10 @@ def _one(raw: dict[str, Any]) -> Temperature | Platt:
     return found
 
 
+def _basis(t: Temperature | Platt) -> str:
+    return f"{t.n} records of {t.subjects} subject{'s' if t.subjects != 1 else ''}"
+
+
 def _plain(t: Temperature | Platt) -> dict[str, Any]:
     out = {f.name: getattr(t, f.name) for f in dataclasses.fields(t)}
     out["figures"] = {k: {s: v.json() for s, v in sides.items()} for k, sides in t.figures.items()}
@@ -193,8 +225,10 @@ def _plain(t: Temperature | Platt) -> dict[str, Any]:
 
 def fingerprints(keys: Sequence[str], scores: Float[np.ndarray, "n k"]) -> tuple[str, ...]:
     """A short hash of each record's name and rounded scores: what is equal is the same picture, not only its name."""
-    text = (f"{key} {' '.join(f'{x:.3f}' for x in row)}" for key, row in zip(keys, scores, strict=True))
-    return tuple(hashlib.sha256(t.encode()).hexdigest()[:12] for t in text)
+    # Folders may be named in several ways; + 0 makes the sign of zero one.
+    rows = (np.round(scores, 3) + 0.0).tolist()
+    text = (f"{key.rpartition('/')[2]} {row}" for key, row in zip(keys, rows, strict=True))
+    return tuple(hashlib.sha256(t.encode(errors="backslashreplace")).hexdigest()[:12] for t in text)
 
 
 def fitted_on(

@@ -36,7 +36,7 @@ def fit_temperature(
     """The temperature of the least negative log-likelihood.
 
     Its figures before and after are out of fold: each of five parts by subject is scaled by the temperature of the
-    others, so that they are not about the records that were fitted.
+    others, so that they are not about the records that were fitted. Of a single subject there are none.
 
     Args:
         name: of the task.
@@ -68,7 +68,7 @@ def fit_temperature(
         n=n,
         subjects=int(subject.max()) + 1,
         records=fingerprints(keys, log_p),
-        figures=_figures(before, folded, subject, resamples, seed),
+        figures=_figures(before, folded, subject, resamples, seed) if subject.max() > 0 else {},
     )
 
 
@@ -126,6 +126,8 @@ def fit_findings(
         p = multilabel.probability(scale * x + offset)
         fits[finding] = {"scale": scale, "offset": offset, "threshold": best_threshold(p, y)}
         own = tallies.codes(subject[known].tolist())
+        if own.max() < 1:
+            continue  # no fold is left out
         folded = _out_of_fold(own, seed, functools.partial(_refit, x, y), x)
         whole = np.zeros(len(truth))
         for judged, values in ((before, x), (after, folded)):
@@ -142,7 +144,7 @@ def fit_findings(
         n=len(truth),
         subjects=int(subject.max()) + 1,
         records=fingerprints(keys, margins),
-        figures=_figures(before, after, subject, resamples, seed),
+        figures=_figures(before, after, subject, resamples, seed) if before else {},
     )
 
 

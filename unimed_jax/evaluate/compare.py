@@ -220,6 +220,7 @@ def _compared(
     notes = []
     if a["prompts"]["sha256"] != b["prompts"]["sha256"]:
         notes.append("the prompts differ")
+    notes += _calibrations(a, b)
     if resamples and subjects.max() < 1:
         notes.append("no intervals: all records belong to one subject")
     values = {}
@@ -234,6 +235,20 @@ def _compared(
         "values": values,
         "notes": notes,
     }
+
+
+def _calibrations(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What differs by the calibration alone, when only one side has one, or each its own."""
+    fits = [t.get("calibration", {}) for t in (a, b)]
+    one, two = ({k: fit[k] for k in ("temperature", "findings") if k in fit} for fit in fits)
+    if one == two:
+        return []
+    what = "the calibrations differ" if one and two else f"only {'this' if one else 'other'} is calibrated"
+    if "findings" in a:
+        return [f"{what}: ECE, Brier score and figures at a threshold change by it, AUROC does not"]
+    if len(a["classes"]) == 2:
+        return [f"{what}: ECE and Brier score change by it, nothing else does"]
+    return [f"{what}: ECE, Brier score, AUROC and average precision change by it, predicted classes do not"]
 
 
 def _aligned(

@@ -122,7 +122,7 @@ def ask(loaded: Loaded, task: Task | Findings, fits: calibration.Calibration | N
     Raises:
         UsageError: when there is no calibration of this kind for this model and these prompts.
     """
-    fit = fits.for_task(task.name, task.digest, loaded.digest) if fits else None
+    fit = fits.for_task(task.name, task.digest, loaded.about) if fits else None
     if isinstance(task, Task) and not isinstance(fit, calibration.Platt):
         return Classes(loaded, task, fit)
     if isinstance(task, Findings) and not isinstance(fit, calibration.Temperature):

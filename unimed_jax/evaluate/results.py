@@ -303,7 +303,8 @@ def change(calibrated: Mapping[str, Any]) -> list[str]:
         return []
     text = lambda v: Value(v["value"], v["low"], v["high"]).text()
     sides = {_FIGURES[k]: v for k, v in calibrated["figures"].items() if v["before"]["value"] is not None}
-    out = ["; ".join(f"{k} {text(v['before'])} to {text(v['after'])}" for k, v in sides.items())]
+    words = "; ".join(f"{k} {text(v['before'])} to {text(v['after'])}" for k, v in sides.items())
+    out = [words] if words else []
     same = calibrated["fitted_here"]
     return out + ([f"IN SAMPLE: {same} of the records were used to fit"] if same else [])
 

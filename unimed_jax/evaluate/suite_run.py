@@ -147,7 +147,7 @@ def evaluate(
     fits: dict[str, Any] = {}
     if calibrated:
         for r in collected.ready:
-            fits[r.data_set.name] = calibrated.for_task(r.task.name, r.task.digest, loaded.digest)
+            fits[r.data_set.name] = calibrated.for_task(r.task.name, r.task.digest, loaded.about)
     pictures: dict[_Key, int] = {}
     for r in collected.ready:
         for row in r.table.rows:

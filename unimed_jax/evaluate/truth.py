@@ -19,7 +19,7 @@ import numpy as np
 from unimed_jax.data.found import Found
 from unimed_jax.data.tables import Entry, Listing
 from unimed_jax.errors import DataError, did_you_mean
-from unimed_jax.evaluate import curves, metrics, multilabel, multilabel_metrics, tallies
+from unimed_jax.evaluate import calibration, curves, metrics, multilabel, multilabel_metrics, tallies
 from unimed_jax.evaluate.findings_results import FindingsResult
 from unimed_jax.evaluate.multilabel import Findings
 from unimed_jax.evaluate.predict import MEAN, Predictions
@@ -274,7 +274,9 @@ class Judged:
     json: dict[str, Any]
 
 
-def judge(asked: Question, found: Predictions, truth: Truth, *, resamples: int = 1000) -> Judged | None:
+def judge(
+    asked: Question, found: Predictions, truth: Truth, *, resamples: int = 1000, in_sample: bool = False
+) -> Judged | None:
     """Metrics of all pictures whose truth is known, with intervals by subject; None where there is no such picture.
 
     Every slice counts, and of a slide its mean. Subjects are the groups of the truth, else files and volumes.
@@ -284,6 +286,10 @@ def judge(asked: Question, found: Predictions, truth: Truth, *, resamples: int =
         found: the scores.
         truth: see `match`.
         resamples: bootstrap resamples; 0 = no intervals.
+        in_sample: whether the calibration may have been fitted on these pictures.
+
+    Raises:
+        DataError: when it was, and may not.
     """
     rows = [
         r for r in found.rows if r["input"] in truth.said and (r["kind"] != "slide" or r["frame"] == MEAN)
@@ -294,6 +300,7 @@ def judge(asked: Question, found: Predictions, truth: Truth, *, resamples: int =
     said = np.array([truth.said[r["input"]] for r in rows])
     ranks = np.stack([r["ranks"] for r in rows])
     p = np.array([list(r["scores"].values()) for r in rows])
+    same = _fitted_on(asked, rows, ranks, in_sample)
     if isinstance(asked, Classes):
         m = metrics.classification(ranks, said, asked.names, groups, probabilities=p, resamples=resamples)
         result = TaskResult(task=asked.task, metrics=m)
@@ -315,6 +322,8 @@ def judge(asked: Question, found: Predictions, truth: Truth, *, resamples: int =
         )
         drawn = curves.of_findings(asked.names, ranks, said)
     head = {"format": FORMAT, "version": VERSION, "resamples": resamples, "truth": dict(truth.counts)}
+    if same:
+        m.notes.append(f"IN SAMPLE: the calibration was fitted on {same} of {len(rows)} pictures")
     return Judged(
         values=m.values,
         main=asked.task.metric,
@@ -324,3 +333,11 @@ def judge(asked: Question, found: Predictions, truth: Truth, *, resamples: int =
         curves=drawn,
         json=head | result.json(),
     )
+
+
+def _fitted_on(asked: Question, rows: Sequence[dict[str, Any]], ranks: np.ndarray, in_sample: bool) -> int:
+    """How many of the pictures the calibration was fitted on."""
+    if not asked.fit:
+        return 0
+    plain = asked.fit.undo(ranks) if isinstance(asked, Classes) else asked.fit.undo(ranks, asked.names)
+    return calibration.fitted_on(asked.fit, [Path(r["file"]).as_posix() for r in rows], plain, in_sample)

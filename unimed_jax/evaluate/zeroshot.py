@@ -128,7 +128,7 @@ def evaluate(
     facts = pool.facts()
     picked: dict[str, tuple[list[int], Any]] = {t.name: _truth(t, facts) for t in chosen}
     fits = {
-        t.name: calibrated.for_task(t.name, t.digest, loaded.digest) if calibrated else None for t in chosen
+        t.name: calibrated.for_task(t.name, t.digest, loaded.about) if calibrated else None for t in chosen
     }
     union = sorted(set().union(*(indices for indices, _ in picked.values())))
     place = {index: row for row, index in enumerate(union)}
@@ -190,12 +190,7 @@ def heading(
 ) -> dict[str, Any]:
     """What results say about model, data, code and settings."""
     return {
-        "model": {
-            "name": loaded.cfg.name,
-            "sha256": loaded.digest,
-            "dtype": loaded.dtype,
-            "logit_scale": loaded.logit_scale,
-        },
+        "model": loaded.about,
         "data": data,
         "code": {"version": __version__, "revision": run_folder.git_revision()},
         "settings": {

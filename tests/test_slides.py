@@ -79,6 +79,28 @@ def test_the_whole_area_is_searched_in_blocks(tmp_path, monkeypatch):
     assert len(whole) > 8
 
 
+def test_a_slide_of_one_level_is_searched_on_a_few_lines(tmp_path, monkeypatch):
+    path = plain(tmp_path / "s.tif")
+    read_region, pixels = openslide.OpenSlide.read_region, []
+
+    def counted(self, corner, level, box):
+        pixels.append(box[0] * box[1])
+        return read_region(self, corner, level, box)
+
+    monkeypatch.setattr(openslide.OpenSlide, "read_region", counted)
+    for tissue in (0.1, 0.25, 0.7):  # the stained square cuts tiles of 200 pixels in several shares
+        some = [f.read().corner for f in slides.frames(path, Tiles(level=0, size=200, tissue=tissue))]
+        seen = sum(n for n in pixels if n != 200 * 200)  # all but the tiles themselves
+        assert seen <= 1536 * 1024 / 20
+        with monkeypatch.context() as m:
+            m.setattr(slides, "_WHOLE", 1 << 16)
+            assert [
+                f.read().corner for f in slides.frames(path, Tiles(level=0, size=200, tissue=tissue))
+            ] == some
+        pixels.clear()
+    assert some
+
+
 def test_a_slide_without_a_scale_needs_a_level(tmp_path):
     path = plain(tmp_path / "s.tif")
     with pytest.raises(DataError, match="does not say its microns per pixel") as e:

@@ -30,6 +30,8 @@ _TILED = "generic-tiff"  # OpenSlide's name for a tiled TIFF that no scanner has
 _SATURATION = 0.08  # (max - min) / max of a pixel's colours, above which it is stained; glass has less
 _DARK = 40  # pen, dust and the black around a scan are no tissue, whatever their saturation
 _MASK = 8  # pixels of a tile's side that are enough to see tissue
+_LINES = 8  # of a tile's pixels are looked at, where the coarsest level shows it much larger than that
+_WHOLE = 64  # pixels of a tile's side up to which all are looked at
 _BLOCK = 2048  # pixels of a side that are searched for tissue at once
 
 
@@ -173,14 +175,29 @@ def _tissue(path: Path, slide: Any, step: float, share: float, hold: Hold) -> li
         for first in range(0, columns, across):
             edges = np.round(np.arange(min(across, columns - first) + 1) * side).astype(int)
             box = (int(edges[-1]) or 1, max(1, round(side)))
-            with hold(box[0] * box[1] * 16):
-                corner = (round(first * step), round(row * step))
-                stained = _stained(np.asarray(slide.read_region(corner, level, box)))
+            with hold(box[0] * min(box[1], _WHOLE) * 16):
+                stained = _searched(slide, (round(first * step), round(row * step)), level, box)
             for k, (left, right) in enumerate(itertools.pairwise(edges)):
                 part = stained[:, left:right] if right > left else stained
                 if part.mean() >= share:
                     found.append((round((first + k) * step), round(row * step)))
     return found
+
+
+def _searched(
+    slide: Any, corner: tuple[int, int], level: int, box: tuple[int, int]
+) -> Bool[np.ndarray, "h w"]:
+    """Where a row of tiles is stained: all of it, or on some lines across, which a slide of one level needs.
+
+    Turning pixels into an array costs several times what decoding them does.
+    """
+    width, height = box
+    if height <= _WHOLE:
+        return _stained(np.asarray(slide.read_region(corner, level, box)))
+    scale = slide.level_downsamples[level]
+    down = [corner[1] + round((k + 0.5) / _LINES * height * scale) for k in range(_LINES)]
+    lines = [np.asarray(slide.read_region((corner[0], y), level, (width, 1))) for y in down]
+    return _stained(np.concatenate(lines))
 
 
 def _stained(pixels: UInt8[np.ndarray, "h w 4"]) -> Bool[np.ndarray, "h w"]:

@@ -20,6 +20,7 @@ from unimed_jax.cli import main
 from unimed_jax.conversion import Request, convert
 from unimed_jax.convert import optimizer, outputs, source, verify
 from unimed_jax.convert.tensor_file import open_safetensors
+from unimed_jax.data.files import file_sha256
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
 
@@ -170,6 +171,20 @@ def test_averaged_weights_of_a_run(tmp_path):
     for kind in (True, False):
         with pytest.raises(UsageError, match="its weights are one kind"):
             convert(Request(src=tmp_path / "run" / "model", dst=tmp_path / "x", ema=kind))
+    for lost in (tmp_path / "run" / "tokenizer.json", *data.rglob("tokenizer.json")):
+        lost.unlink(missing_ok=True)
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        convert(Request(src=f"{tmp_path / 'run'}@4", dst=tmp_path / "x"))
+    words = tmp_path / "ema" / "tokenizer.json"
+    convert(Request(src=f"{tmp_path / 'run'}@4", dst=tmp_path / "given", tokenizer=words))
+    same_bits(tmp_path / "given", tmp_path / "step")
+    other = json.loads(words.read_text())
+    vocabulary = other["model"]["vocab"]
+    one, two = list(vocabulary)[-2:]
+    vocabulary |= {one: vocabulary[two], two: vocabulary[one]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(DataError, match="tokenizer"):  # the run says which one it was trained with
+        convert(Request(src=f"{tmp_path / 'run'}@4", dst=tmp_path / "x", tokenizer=tmp_path / "other.json"))
 
 
 def test_outputs_that_differ_write_nothing(native, tmp_path, monkeypatch):
@@ -425,6 +440,10 @@ def test_sharded_torch_folders_and_lone_files_are_found(clip_like, tmp_path):
     assert unimed_jax.load(tmp_path / "hf").digest == unimed_jax.load(clip_like).digest
     convert(Request(src=tmp_path / "hf", dst=tmp_path / "back"))
     same_bits(clip_like, tmp_path / "back")
+    card = (tmp_path / "back" / "README.md").read_text()
+    for file in shards:
+        assert f"sha256 of {file}: {file_sha256(tmp_path / 'hf' / file)}" in card
+    assert "sha256 of the file" not in card  # that of the index would say nothing
 
 
 def test_a_deep_config_is_refused_in_one_line(native, tmp_path):

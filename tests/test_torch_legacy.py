@@ -35,7 +35,7 @@ def legacy(
     data: bytes = struct.pack("<q", 4) + FOUR,
 ) -> Path:
     pickles = (PROTO + p + b"." for p in (version, system, body, keys))
-    path.write_bytes(torch_legacy.MAGIC + b"".join(pickles) + data)
+    path.write_bytes(torch_legacy.MAGICS[0] + b"".join(pickles) + data)
     return path
 
 
@@ -61,6 +61,16 @@ def test_what_torch_writes(tmp_path):
     assert opened.kind == "legacy"
     assert_tree(opened.tree, torch.load(tmp_path / "a.pt"))
     assert np.shares_memory(opened.tree["views"]["base"], opened.tree["views"]["middle"])
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_that_torch_can_be_asked_for(tmp_path, protocol):
+    tree = {"w": torch.arange(6.0).reshape(2, 3), "epoch": 3}
+    file = tmp_path / "a.pt"
+    torch.save(tree, file, pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    opened = open_torch(file)
+    assert opened.kind == "legacy"
+    assert_tree(opened.tree, tree)
 
 
 def test_every_cut_is_refused(tmp_path):

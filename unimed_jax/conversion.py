@@ -264,15 +264,16 @@ def _moments(found: source.Source) -> optimizer.Moments:
 
 
 def _origin(found: source.Source, digest: Callable[[], str] | None) -> card.Origin:
-    if digest is None or not found.path.is_file():  # of a folder, it would be the wrong file's
-        digest = lambda: files.file_sha256(found.weights) if found.weights.is_file() else ""
     said = {k: v for k, v in found.facts.items() if isinstance(v, (str, int, float))}
-    return card.Origin(
-        file=found.path.name,
-        sha256=digest(),
-        format=found.format,
-        note=tuple(f"{k}: {v}" for k, v in sorted(said.items())),
-    )
+    note = [f"{k}: {v}" for k, v in sorted(said.items())]
+    if len(found.files) > 1:  # an index names them, and its own digest says nothing about them
+        note += [f"sha256 of {file.name}: {files.file_sha256(file)}" for file in found.files]
+        sha256 = ""
+    elif digest is not None and found.path.is_file():  # of a folder, it would be the wrong file's
+        sha256 = digest()
+    else:
+        sha256 = files.file_sha256(found.weights)
+    return card.Origin(file=found.path.name, sha256=sha256, format=found.format, note=tuple(note))
 
 
 # -- from here --------------------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def _own(r: Request, tell: Tell) -> Converted:
             f"{r.src} is a model of this program and says itself what it is",
             "--model and --with-optimizer go with a PyTorch file",
         )
-    m, params, words = model_folder.read(r.src, ema=r.ema)
+    m, params, words = model_folder.read(r.src, ema=r.ema, tokenizer=r.tokenizer)
     words = _words(r.tokenizer, m) if r.tokenizer else words
     done = Converted(model=m, read=f"{len(clip.flatten(params))} leaves")
     tell(f"read    {r.src}  {done.read}")

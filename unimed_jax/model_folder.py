@@ -38,7 +38,7 @@ _WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".index.json")
 Parts = tuple[config.Model, clip.Params, Tokenizer | None]
 
 
-def read(path: str | Path, *, ema: bool | None = None) -> Parts:
+def read(path: str | Path, *, ema: bool | None = None, tokenizer: str | Path = "") -> Parts:
     """Architecture, weights and tokenizer of a model folder, a training run, or another library's file or folder.
 
     A run gives its `model` folder, else its newest checkpoint; `RUN@STEP` gives one checkpoint.
@@ -46,6 +46,7 @@ def read(path: str | Path, *, ema: bool | None = None) -> Parts:
     Args:
         path: the folder or file.
         ema: of a run, the averaged weights (True) or the plain ones (False) of its newest checkpoint.
+        tokenizer: of the model, where it has none; one that a run was trained with must be that one.
 
     Raises:
         UsageError: when there is no such folder, or a file's architecture cannot be told from its names and shapes.
@@ -55,7 +56,7 @@ def read(path: str | Path, *, ema: bool | None = None) -> Parts:
     path = _named(path)
     text, _, step = str(path).rpartition("@")
     if text and step.isdigit() and not Path(path).exists():
-        return _from_run(Path(text), int(step), ema)
+        return _from_run(Path(text), int(step), ema, tokenizer)
     if _is_folder(Path(path)):
         if ema is not None:
             raise UsageError(f"{path} is no run, its weights are one kind", "leave --ema and --no-ema out")
@@ -65,7 +66,7 @@ def read(path: str | Path, *, ema: bool | None = None) -> Parts:
     if is_foreign(path):
         return _from_elsewhere(Path(path))
     if Path(path).is_dir():
-        return _from_run(Path(path), None, ema)
+        return _from_run(Path(path), None, ema, tokenizer)
     raise _no_model(str(path))
 
 
@@ -155,7 +156,7 @@ def _from_folder(folder: Path) -> Parts:
     return cfg, clip.unflatten(leaves), open_tokenizer(folder / TOKENIZER, cfg, digest, folder)
 
 
-def _from_run(folder: Path, step: int | None, ema: bool | None) -> Parts:
+def _from_run(folder: Path, step: int | None, ema: bool | None, given: str | Path) -> Parts:
     try:
         from unimed_jax.train import saved_states  # orbax is slow to import
 
@@ -167,7 +168,7 @@ def _from_run(folder: Path, step: int | None, ema: bool | None) -> Parts:
     run = config.from_dict(config.Train, meta["config"], where=f"{folder}: config")
     check(clip.flatten(params), run.model, str(folder))
     candidates = [folder / TOKENIZER, Path(run.data.tokenizer), Path(run.data.root) / TOKENIZER]
-    found = next((p for p in candidates if p.is_file()), None)
+    found = Path(given) if given else next((p for p in candidates if p.is_file()), None)
     if found is None:
         raise DataError(f"{folder} holds no tokenizer", f"copy the run's tokenizer to {folder / TOKENIZER}")
     saved = meta.get("tokenizer", "")

@@ -20,7 +20,7 @@ import numpy as np
 from unimed_jax import config, config_rules
 from unimed_jax.convert import architecture, configs, locate, mapping
 from unimed_jax.convert.architecture import SCALARS
-from unimed_jax.convert.mapped import shown
+from unimed_jax.convert.mapped import Mapped, shown
 from unimed_jax.convert.mapping import Table
 from unimed_jax.convert.tensor_file import open_safetensors, open_sharded
 from unimed_jax.convert.torch_zip import TorchFile, open_torch
@@ -51,6 +51,7 @@ class Source:
     # State of torch's optimizer as read, when the file is a training checkpoint.
     optimizer: Mapping[str, Any] | None
     weights: Path = Path()  # the file that holds the tensors, or their index
+    files: tuple[Path, ...] = ()  # those that hold the tensors
     tables: dict[str, Table] = field(default_factory=dict)  # by tower
     release: Callable[[], None] = lambda: None  # gives the pages read so far back to the system
 
@@ -129,7 +130,7 @@ def open_source(
 
 
 def _build(found: locate.Found, named: config.Model | None, fallback: config.Model | None) -> Source:
-    state, optimizer, release = _open(found)
+    state, optimizer, mapped = _open(found)
     where = str(found.path)
     if not state:
         raise DataError(f"{where} holds no tensors", "give the weights")
@@ -157,8 +158,9 @@ def _build(found: locate.Found, named: config.Model | None, fallback: config.Mod
         facts=found.facts | assumed,
         optimizer=optimizer,
         weights=found.weights,
+        files=tuple(m.path for m in mapped.maps),
         tables=info.tables,
-        release=release,
+        release=mapped.release,
     )
 
 
@@ -183,8 +185,8 @@ def _infer(
     return architecture.infer(shapes, hints=found.hints, model=named, fallback=fallback, where=where)
 
 
-def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any] | None, Callable[[], None]]:
-    """The state dict without wrappers' prefixes, the optimizer's state, and how to release memory."""
+def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any] | None, Mapped]:
+    """The state dict without wrappers' prefixes, the optimizer's state, and the files below."""
     file = found.weights
     optimizer = None
     if file.name.endswith(".index.json"):
@@ -212,7 +214,7 @@ def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any]
                 "save it again",
             )
         state[name] = mapped[key]
-    return state, optimizer, mapped.release
+    return state, optimizer, mapped
 
 
 def is_safetensors(file: Path) -> bool:

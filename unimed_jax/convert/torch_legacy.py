@@ -14,9 +14,22 @@ from unimed_jax.convert.plain import Invalid
 from unimed_jax.convert.torch_tensors import Builder
 from unimed_jax.errors import DataError
 
-MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_FRAME = b"\x95" + len(_NUMBER).to_bytes(8, "little")
+# The first of the pickles, in each protocol that can be asked for; torch's own choice is 2.
+MAGICS = (
+    b"\x80\x02" + _NUMBER,
+    b"\x80\x03" + _NUMBER,
+    b"\x80\x04" + _FRAME + _NUMBER,
+    b"\x80\x05" + _FRAME + _NUMBER,
+)
 _VERSION = 1001
 _COUNT = 8  # bytes before each storage: its number of values
+
+
+def magic_of(file: FileMap) -> bytes:
+    """What the file begins with when it is of this kind; empty when it is another."""
+    return next((m for m in MAGICS if file.bytes(0, len(m)) == m), b"")
 
 
 def read(file: FileMap) -> Any:
@@ -26,7 +39,7 @@ def read(file: FileMap) -> Any:
         DataError: for damage, or content that is no plain checkpoint: named, never executed.
     """
     data, where = file.bytes(0, MAX_PICKLE), str(file.path)
-    version, at = pickle_reader.load_first(data, where, {}.get, start=len(MAGIC))
+    version, at = pickle_reader.load_first(data, where, {}.get, start=len(magic_of(file)))
     system, body = pickle_reader.load_first(data, where, {}.get, start=at)
     if version != _VERSION or not isinstance(system, dict) or system.get("little_endian") is not True:
         _refuse(file, f"version {shown(version)} in byte order {shown(system)}")

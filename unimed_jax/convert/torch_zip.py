@@ -112,7 +112,7 @@ def open_torch(path: str | Path, *, verify_crc: bool = False) -> TorchFile:
         DataError: for another format, damage, or content that is no plain checkpoint: named, never executed.
     """
     file = FileMap(path)
-    if file.bytes(0, len(torch_legacy.MAGIC)) == torch_legacy.MAGIC:
+    if torch_legacy.magic_of(file):
         return TorchFile(file.path, "legacy", torch_legacy.read(file), file)
     if file.bytes(0, 4) != b"PK\3\4":
         _refuse_other(file)

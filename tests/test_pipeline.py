@@ -273,9 +273,9 @@ def test_restart_at_any_step_continues_exactly(records, tokenizer, expected, sta
 
 def test_captions_and_crops_change_from_epoch_to_epoch(records, tokenizer):
     share = stream(records, tokenizer).blocks
-    shown = [share.example(Draw(0, 5, epoch)) for epoch in range(12)]
-    assert len({s[1] for s in shown}) == len(records[0][5].captions)
-    assert len({s[0].tobytes() for s in shown}) == 12
+    example, draws = records[0][5], [Draw(0, 5, epoch) for epoch in range(12)]
+    assert len({share.caption(example, d) for d in draws}) == len(example.captions)
+    assert len({share.picture(example, d).tobytes() for d in draws}) == 12
 
 
 def test_a_bad_record_stops_training_and_is_named(records, tokenizer):

@@ -9,13 +9,14 @@ help:            ## this list
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 env: .venv/.ready  ## the environment .venv, exact versions from requirements.lock
-.venv/.ready: pyproject.toml requirements.lock tests/peers.txt
+.venv/.ready: pyproject.toml requirements.lock tests/peers.txt tests/beam.txt
 	@test -n "$(PYTHON)" || { echo "unimed_jax needs Python 3.11 or later: make env PYTHON=/path/to/python3"; exit 1; }
 	@# Debian's python3 has venv without ensurepip unless python3-venv is installed: then the outer pip fills it.
 	$(PYTHON) -m venv --clear .venv 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip .venv \
 		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/peers --requirement tests/peers.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/beam --requirement tests/beam.txt
 	@touch $@
 
 demo: env        ## the main job: real images in, a trained, evaluated, exported model and a report out (demo/)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,13 +69,25 @@ def _add_export_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--shards", type=int, help="files a split (default: by size)")
     verb.add_argument("--workers", type=int, default=1, help="processes")
     verb.add_argument(
+        "--runner",
+        default="local",
+        choices=("local", "beam"),
+        help="beam: shards are written by an Apache Beam pipeline (extra beam)",
+    )
+    verb.add_argument(
+        "--beam-options",
+        default="",
+        metavar="TEXT",
+        help='of the pipeline, e.g. --beam-options="--runner=FlinkRunner --flink_master=HOST:8081" (default: it '
+        "runs here)",
+    )
+    verb.add_argument(
         "--shard-range",
         default="",
         metavar="A:B",
         help="write these shards only; the last call leaves it out",
     )
     verb.add_argument("--tokenizer", help="counts tokens; tokenizer.json, vocab.txt or a folder with one")
-    verb.add_argument("--max-bad", type=float, help="share of items that may be rejected (default: 0.001)")
     verb.add_argument(
         "--max-side",
         type=int,
@@ -82,6 +95,7 @@ def _add_export_options(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="store larger pictures with a longer side of N pixels (default: as they are)",
     )
+    verb.add_argument("--max-bad", type=float, help="share of items that may be rejected (default: 0.001)")
     verb.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another option of the source"
     )
@@ -120,6 +134,11 @@ def _build(args: argparse.Namespace) -> int:
     from unimed_jax.data import card, export, limits, text
     from unimed_jax.data.sources import open_source
 
+    for flag, clash in (("--workers", args.workers > 1), ("--shard-range", args.shard_range)):
+        if args.runner == "beam" and clash:
+            raise UsageError(f"{flag} and --runner beam exclude each other", "Beam decides who writes what")
+    if args.beam_options and args.runner != "beam":
+        raise UsageError("--beam-options are for --runner beam", "give both")
     options: dict[str, Any] = {
         k: v for k in ("raw", "captions", "name") if (v := getattr(args, k, None)) is not None
     }
@@ -131,22 +150,23 @@ def _build(args: argparse.Namespace) -> int:
     source = open_source(args.source, options)
     if (prepare := getattr(source, "prepare", None)) is not None:  # minimed fetches its packages
         prepare(lambda line: print(line, file=sys.stderr, flush=True))
-    max_bad = limits.MAX_BAD_SHARE if args.max_bad is None else args.max_bad
     if args.shard_range:
         return _build_range(args, source)
-    with _Progress() as progress:
-        manifest = export.export(
-            source,
-            args.out,
-            shards=args.shards,
-            workers=args.workers,
-            tokenizer=text.Tokenizer(args.tokenizer) if args.tokenizer else None,
-            max_bad=max_bad,
-            max_side=args.max_side,
-            force=args.force,
-            steal=args.steal,
-            progress=progress,
-        )
+    settings: dict[str, Any] = {
+        "shards": args.shards,
+        "tokenizer": text.Tokenizer(args.tokenizer) if args.tokenizer else None,
+        "max_bad": limits.MAX_BAD_SHARE if args.max_bad is None else args.max_bad,
+        "max_side": args.max_side,
+        "force": args.force,
+        "steal": args.steal,
+    }
+    if args.runner == "beam":
+        from unimed_jax.data import beam
+
+        manifest = beam.export(source, args.out, shlex.split(args.beam_options), **settings)
+    else:
+        with _Progress() as progress:
+            manifest = export.export(source, args.out, workers=args.workers, progress=progress, **settings)
     splits = ", ".join(f"{split} {manifest.examples(split)}" for split in manifest.splits)
     rejects = ", ".join(f"{reason} {n}" for reason, n in manifest.rejects.items()) or "none"
     notes = "".join(f"; {what}: {n}" for what, n in card.caption_notes(manifest).items())

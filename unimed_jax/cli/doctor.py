@@ -17,6 +17,7 @@ CORE = [
     *("transformers", "ml_collections", "numpy", "pillow", "simplejpeg", "tokenizers", "safetensors"),
 ]
 EXTRAS = {
+    "beam": ("apache_beam",),
     "captions": ("openai",),
     "demo": ("gradio",),
     "medical": ("pydicom", "gdcm", "nibabel", "tifffile"),

@@ -9,12 +9,13 @@ written last.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _LOCK = ".lock"
 _EARLY_STOP = 1000  # rejects after which a hopeless export is not continued just to list them all
 
 Progress = Callable[[int, int, int], None]
+# (source, tokenizer, shards to write) -> each shard, once it is written, with its sidecar
+Run = Callable[[RecordSource, Tokenizer | None, Sequence[Job]], Iterator[tuple[Job, dict[str, Any]]]]
 
 
 def export(
@@ -43,6 +46,7 @@ def export(
     force: bool = False,
     steal: bool = False,
     progress: Progress | None = None,
+    run: Run | None = None,
 ) -> Manifest:
     """Writes a source to `<out>/<source>/1.0.0`; the same input gives the same bytes for any number of workers.
 
@@ -57,6 +61,7 @@ def export(
         force: write everything anew, also over a finished export.
         steal: take over the lock of an exporter on another machine that is known to be dead.
         progress: called with (items done, items in all, rejects) after each shard.
+        run: writes the shards, instead of `workers` processes of this machine.
 
     Raises:
         DataError: duplicate keys (with both places), too many rejects, a full disk, another exporter at work, or a
@@ -76,7 +81,8 @@ def export(
         (folder / MANIFEST).unlink(missing_ok=True)
         for job in jobs:
             lock.clear(_shard_lock(job), steal=steal)
-        sidecars = _write_all(source, jobs, workers, tokenizer, max_bad, force, progress)
+        run = run or functools.partial(_run, workers=workers)
+        sidecars = _write_all(source, jobs, run, tokenizer, max_bad, force, progress)
         try:
             return _finalize(source, folder, jobs, sidecars, tokenizer, max_bad, digest)
         except OSError as e:
@@ -132,7 +138,8 @@ def write_range(
     with contextlib.ExitStack() as held:
         for job in mine:
             held.enter_context(lock.held(_shard_lock(job), steal=steal))
-        _write_all(source, mine, workers, tokenizer, 1.0, False, progress)
+        run = functools.partial(_run, workers=workers)
+        _write_all(source, mine, run, tokenizer, 1.0, False, progress)
     return sum(writer.finished(job) is not None for job in jobs), len(jobs)
 
 
@@ -266,7 +273,7 @@ def _unchanged(folder: Path, digest: str) -> Manifest:
 def _write_all(
     source: RecordSource,
     jobs: Sequence[Job],
-    workers: int,
+    run: Run,
     tokenizer: Tokenizer | None,
     max_bad: float,
     force: bool,
@@ -292,7 +299,7 @@ def _write_all(
         else:
             ended(job, sidecar)
     try:
-        for job, sidecar in pool.run(_work, (source, tokenizer), todo, workers):
+        for job, sidecar in run(source, tokenizer, todo):
             ended(job, sidecar)
             if bad > max(_EARLY_STOP, max_bad * total):
                 break
@@ -300,6 +307,12 @@ def _write_all(
         for job in todo:  # of workers that were stopped
             job.part.unlink(missing_ok=True)
     return sidecars
+
+
+def _run(
+    source: RecordSource, tokenizer: Tokenizer | None, todo: Sequence[Job], *, workers: int
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    yield from pool.run(_work, (source, tokenizer), todo, workers)
 
 
 def _work(source: RecordSource, tokenizer: Tokenizer | None, job: Job) -> dict[str, Any]:

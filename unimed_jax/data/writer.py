@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax.data import markers, record, reduce, validate
-from unimed_jax.data.files import file_sha256, sync, write_text
+from unimed_jax.data.files import encodable, file_sha256, sync
 from unimed_jax.data.record import Example
 from unimed_jax.data.shards import RecordSource, array_record_module
 from unimed_jax.data.text import Tokenizer
@@ -37,11 +37,13 @@ class Job:
     keys: tuple[str, ...]
     digest: str
     max_side: int = 0  # pixels of the longer side that are stored at most; 0 = any
+    attempt: str = ""  # where several may write the same shard at once: each beside the others
 
     @property
     def part(self) -> Path:
         """Where the shard grows until it is whole."""
-        return self.path.with_name(f".{self.path.name}.part")
+        attempt = f".{self.attempt}" if self.attempt else ""
+        return self.path.with_name(f".{self.path.name}{attempt}.part")
 
     @property
     def sidecar(self) -> Path:
@@ -68,7 +70,7 @@ def write_shard(source: RecordSource, job: Job, tokenizer: Tokenizer | None) -> 
         Fault: when the source itself breaks.
     """
     module = array_record_module()
-    part = job.part
+    part, said = job.part, job.part.with_name(f"{job.part.name.removesuffix('.part')}.json.part")
     rejects: list[dict[str, str]] = []
     counts: Counter[str] = Counter()
     try:
@@ -96,16 +98,19 @@ def write_shard(source: RecordSource, job: Job, tokenizer: Tokenizer | None) -> 
             "rejects": rejects,
         }
         sync(part)
+        said.write_text(encodable(json.dumps(sidecar, ensure_ascii=False, indent=1)) + "\n", encoding="utf-8")
+        sync(said)
         os.replace(part, job.path)
-        write_text(job.sidecar, json.dumps(sidecar, ensure_ascii=False, indent=1) + "\n")
+        os.replace(said, job.sidecar)
         return sidecar
     except (UnimedError, KeyboardInterrupt):
         raise
     except Exception as e:  # array_record raises plain RuntimeError for a failed write
         raise write_error(job.path, e) from e
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        for beside in (part, said):
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
 
 
 def _read(

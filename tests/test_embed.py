@@ -350,6 +350,23 @@ def test_kill_9_at_any_time(model, tmp_path):
     assert not list(tmp_path.glob(".e*"))
 
 
+def test_two_runs_do_not_write_one_file(model, study, tmp_path, monkeypatch):
+    from unimed_jax.evaluate import embed
+
+    plain = embed._plan
+
+    def second_run(*args):
+        monkeypatch.setattr(embed, "_plan", plain)
+        with pytest.raises(DataError, match=f"held by process {os.getpid()} on ") as e:
+            run(model, study, "--out", tmp_path / "e.parquet")
+        assert "wait" in e.value.remedy
+        return plain(*args)
+
+    monkeypatch.setattr(embed, "_plan", second_run)
+    run(model, study, "--out", tmp_path / "e.parquet")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith((".e", "e"))) == ["e.parquet"]
+
+
 def test_every_process_writes_its_share(model, study, tmp_path, monkeypatch):
     run(model, study, "--out", tmp_path / "one.parquet", "--dtype-out", "float32")
     monkeypatch.setenv("SLURM_JOB_ID", "1")

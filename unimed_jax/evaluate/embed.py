@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from unimed_jax import __version__, vectors
-from unimed_jax.data import files
+from unimed_jax.data import files, lock
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import batches, embedding_table
 from unimed_jax.evaluate.embedding_table import Facts
@@ -127,11 +127,31 @@ def to_parquet(
 
     Raises:
         UsageError: for an existing target, or unfinished parts of other inputs, settings or weights.
-        DataError: when nothing could be read, or the disk is full.
+        DataError: when nothing could be read, the disk is full, or another process writes the same file.
     """
     if dtype not in embedding_table.DTYPES:
         raise UsageError(f"dtype is {dtype!r}", " or ".join(embedding_table.DTYPES))
     target = target_of(Path(out), *share)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise DataError(f"{target.parent} cannot be made: {e.strerror or e}", "choose another --out") from e
+    # As in training, a job that was stopped may go on elsewhere: the lock that it left needs no person.
+    with lock.held(target.with_name(f".{target.name}.lock"), steal=True):
+        return _embed(loaded, inputs, target, dtype, settings or {}, share, threads, force, progress)
+
+
+def _embed(
+    loaded: Loaded,
+    inputs: Inputs | Texts,
+    target: Path,
+    dtype: str,
+    settings: dict[str, str],
+    share: tuple[int, int],
+    threads: int,
+    force: bool,
+    progress: Progress | None,
+) -> Done:
     check_target(target, force)
     folder = target.with_name(f".{target.name}.parts")
     if errors_of(target).exists() and not folder.exists() and not force:
@@ -141,7 +161,7 @@ def to_parquet(
         dim=loaded.cfg.embed_dim,
         dtype=dtype,
         model={"name": loaded.cfg.name, "sha256": loaded.digest, "dtype": loaded.dtype},
-        settings=settings or {},
+        settings=settings,
         code=__version__,
     )
     mine = batches.share_of(len(inputs), *share)

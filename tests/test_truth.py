@@ -100,6 +100,29 @@ def test_gaps_and_repetitions_are_counted(scans):
     ]
 
 
+def test_what_is_uncertain_is_not_judged_and_counted(scans):
+    got = match(
+        scans, "file,label", "a,ct", "a/00.png,U", "a/02.png,-1", "b/01.png,uncertain", "b/03.png,mri"
+    )
+    assert sorted(got.words.values()) == ["ct"] * 4 + ["mri"]  # the folder does not speak for the two
+    assert got.counts["pictures or volumes whose label is uncertain, not judged"] == 3
+    u = tasks.from_labels(["u", "mri"])
+    assert match(scans, "file,label", "a/00.png,u", task=u).words == {0: "u"}  # a class of this name
+    with pytest.raises(DataError, match="calls every picture uncertain"):
+        match(scans, "file,label", "a/00.png,u")
+    task = multilabel.from_labels(["effusion", "mass"])
+    lines = ["a/00.png,u,0", "a/02.png,-1.0,", "a/04.png,,1", "gone.png,u,u", "a/06.png,,"]
+    found = match(scans, "file,effusion,mass", *lines, task=task)
+    assert found.said == {0: (-1, 0), 2: (-1, 1)}
+    assert found.counts == {
+        "findings called uncertain, not judged": 2,
+        "rows that name no picture here": 1,
+        "rows without a label": 1,
+        "pictures or volumes whose label is uncertain, not judged": 1,
+        "pictures or volumes without truth": 10,
+    }
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [

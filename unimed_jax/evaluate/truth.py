@@ -19,7 +19,15 @@ import numpy as np
 from unimed_jax.data.found import Found
 from unimed_jax.data.tables import Entry, Listing
 from unimed_jax.errors import DataError, did_you_mean
-from unimed_jax.evaluate import calibration, curves, metrics, multilabel, multilabel_metrics, tallies
+from unimed_jax.evaluate import (
+    calibration,
+    curves,
+    findings_truth,
+    metrics,
+    multilabel,
+    multilabel_metrics,
+    tallies,
+)
 from unimed_jax.evaluate.findings_results import FindingsResult
 from unimed_jax.evaluate.multilabel import Findings
 from unimed_jax.evaluate.predict import MEAN, Predictions
@@ -28,11 +36,8 @@ from unimed_jax.evaluate.results import TaskResult
 from unimed_jax.evaluate.tasks import Task
 
 FORMAT, VERSION = "unimed_jax.prediction_metrics", 1
-_VALUES = {
-    **dict.fromkeys(("1", "1.0"), multilabel.PRESENT),
-    **dict.fromkeys(("0", "0.0"), multilabel.ABSENT),
-    **dict.fromkeys(("", "-1", "-1.0"), multilabel.UNKNOWN),
-}
+
+_UNCERTAIN = {"-1", "u", "uncertain"}  # of a column of classes, unless a class has the name
 
 Said = int | tuple[int, ...]  # a class, or what is known of each finding
 
@@ -65,20 +70,32 @@ def match(found: Found, lists: Sequence[Listing], folders: Sequence[Path], task:
     counts: Counter[str] = Counter()
     nearest: dict[int, tuple[int, Entry, Listing]] = {}  # input -> (depth of the name, row, its list)
     unknown: Counter[str] = Counter()
+    names = task.findings if isinstance(task, Findings) else ()
     for listing in lists:
         read = _reader(task, listing)
         for entry in listing.entries:
-            said = read(entry, unknown)
+            uncertain: Counter[str] = Counter()
+            said = read(entry, unknown, uncertain)
             if said is None:
                 counts["rows without a label"] += 1
                 continue
             numbers, depth = places.of(entry, [listing.file.parent, *folders, Path()])
             if not numbers:
                 counts["rows that name no picture here"] += 1
+            elif isinstance(task, Findings) and uncertain:
+                counts["findings called uncertain, not judged"] += uncertain.total()
             for number in numbers:
                 _say(out, nearest, number, depth, entry, listing, said, counts)
     if unknown:
         raise _no_class(task, unknown)
+    vague = [
+        n for n, s in out.said.items() if s == multilabel.UNKNOWN or s == (multilabel.UNKNOWN,) * len(names)
+    ]
+    for number in vague:
+        del out.said[number]
+    counts["pictures or volumes whose label is uncertain, not judged"] = len(vague)
+    if vague and not out.said:
+        raise DataError("the truth calls every picture uncertain", "labels that say something")
     if not out.said:
         first = next((e.name for listing in lists for e in listing.entries), "")
         raise DataError(
@@ -155,7 +172,8 @@ class _Places:
 # ---- what a row says
 
 
-Reader = Callable[[Entry, Counter[str]], Said | None]
+# (row, labels that are no class, findings that it calls uncertain) -> what it says, None for nothing.
+Reader = Callable[[Entry, Counter[str], Counter[str]], Said | None]
 
 
 def tells(task: Task | Findings, listing: Listing) -> bool:
@@ -177,8 +195,10 @@ def _class_reader(task: Task, listing: Listing) -> Reader:
         raise _no_label(listing, "label, truth or class")
     index = {k: i for i, k in enumerate(task.classes)}
 
-    def read(entry: Entry, unknown: Counter[str]) -> Said | None:
+    def read(entry: Entry, unknown: Counter[str], uncertain: Counter[str]) -> Said | None:
         if entry.label and entry.label not in index:
+            if entry.label.casefold() in _UNCERTAIN:
+                return multilabel.UNKNOWN
             unknown[entry.label] += 1
         return index.get(entry.label)
 
@@ -186,25 +206,28 @@ def _class_reader(task: Task, listing: Listing) -> Reader:
 
 
 def _finding_reader(task: Findings, listing: Listing) -> Reader:
-    """One column a finding (1, 0; -1 or empty: unknown), else a label column with names between semicolons."""
+    """One column a finding (1, 0; -1 or u: uncertain; empty: unknown), else a column of names between semicolons."""
     names = list(task.findings)
     folded = {title.casefold(): k for k, title in enumerate(listing.header)}
     columns = [folded.get(n.casefold()) for n in names]
     if all(c is None for c in columns):
         if not listing.has_label:
             raise _no_label(listing, f"label with names between semicolons, or a column for {names[0]!r}")
-        return lambda entry, unknown: _listed(task, names, entry, unknown)
+        return lambda entry, unknown, uncertain: _listed(task, names, entry, unknown)
 
-    def read(entry: Entry, unknown: Counter[str]) -> Said | None:
+    def read(entry: Entry, unknown: Counter[str], uncertain: Counter[str]) -> Said | None:
         values = [entry.cells[c].strip() if c is not None and c < len(entry.cells) else "" for c in columns]
-        wrong = next((v for v in values if v not in _VALUES), None)
-        if wrong is not None:
+        try:
+            said = tuple(findings_truth.of_cell(v, "unknown") for v in values)
+        except ValueError as e:
             raise DataError(
-                f"{listing.file} line {entry.line}: a finding is {wrong[:40]!r}",
-                "1, 0, or -1 or empty: unknown",
-            )
-        said = tuple(_VALUES[v] for v in values)
-        return None if set(said) == {multilabel.UNKNOWN} else said
+                f"{listing.file} line {entry.line}: a finding is {e}",
+                "1, 0, -1 or u: uncertain, blank: unknown",
+            ) from None
+        uncertain.update(
+            n for n, v, s in zip(names, values, said, strict=True) if v and s == multilabel.UNKNOWN
+        )
+        return None if set(said) == {multilabel.UNKNOWN} and not uncertain else said
 
     return read
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimed_jax.data import images, limits, lock, record, shards, validate, verify
+from unimed_jax.data import images, limits, lock, open_files, record, shards, validate, verify
 from unimed_jax.data.export import default_shards, export, write_range
 from unimed_jax.data.record import Caption, Example
 from unimed_jax.data.shards import Manifest, Shards, find_sources
@@ -215,7 +215,8 @@ def test_random_access(exported):
 
 
 def test_threads_share_one_reader(exported, monkeypatch):
-    monkeypatch.setattr(shards, "_OPEN_READERS", 2)  # three shards: one is opened again and again
+    few = open_files.OpenFiles(lambda: 2)  # three shards: one is opened again and again
+    monkeypatch.setattr(shards, "_OPEN", few)
     records = Shards(exported / "demo", "train")
     expected = [records[i].key for i in range(48)]
     wrong = []
@@ -231,7 +232,7 @@ def test_threads_share_one_reader(exported, monkeypatch):
     for t in threads:
         t.join()
     assert not wrong
-    assert len(records._readers) <= 2
+    assert len(few._open) == 2
 
 
 def test_find_sources(exported, tmp_path):
@@ -802,7 +803,7 @@ def test_check_finds_leaks_between_splits(tmp_path):
     assert "demo/img/004.jpg (train)" in problems[0]
     assert "demo/img/005.jpg (test)" in problems[0]
     assert "same patient is in two splits" in problems[1]
-    assert verify.stats(tmp_path / "out")["duplicates"] == 2
+    assert stats.stats(tmp_path / "out")["duplicates"] == 2
 
 
 def test_check_finds_leaks_between_sources(tmp_path, source):
@@ -842,35 +843,8 @@ def test_check_finds_records_that_no_export_would_write(tmp_path, monkeypatch):
         assert text in problems[0]
 
 
-def test_stats(exported, tokenizer):
-    found = verify.stats(exported, workers=2)
-    assert found["images"] == N
-    assert found["duplicates"] == 0
-    rows = {row["split"]: row for row in found["rows"]}
-    assert rows["train"] | {"tokens": 0} == {
-        "source": "demo",
-        "split": "train",
-        "modality": "X-ray",
-        "images": 48,
-        "patients": 6,
-        "captions": 48 + 24,
-        "words": 48 * 6 + 24 * 5,
-        "simulated": 0,
-        "tokens": 0,
-    }
-    assert rows["train"]["tokens"] == {"<=32": 72}
-    assert [verify.bucket(n) for n in (0, 1, 32, 33, 256, 257)] == [
-        "not counted",
-        "<=32",
-        "<=32",
-        "<=64",
-        "<=256",
-        ">256",
-    ]
-
-
 def test_empty_roots(tmp_path):
-    for look in (verify.check, verify.stats):
+    for look in (verify.check, stats.stats):
         with pytest.raises(DataError, match=r"no source with a manifest\.json"):
             look(tmp_path)
         with pytest.raises(DataError, match="no folder"):

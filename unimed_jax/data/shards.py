@@ -15,18 +15,18 @@ Written by data/export.py, verified by data/verify.py.
 from __future__ import annotations
 
 import bisect
-import collections
+import errno
 import itertools
 import json
 import os
 import re
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from unimed_jax.data import record
+from unimed_jax.data.open_files import OpenFiles
 from unimed_jax.data.record import Example
 from unimed_jax.data.validate import Reject as Reject
 from unimed_jax.errors import DataError, did_you_mean
@@ -36,7 +36,7 @@ VERSION = "1.0.0"
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
 SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_OPEN_READERS = 256  # files kept open a process; more shards than that are opened again when needed
+_OPEN = OpenFiles()
 
 
 @dataclass(slots=True, frozen=True)
@@ -225,19 +225,14 @@ class Shards:
         self._ends = list(itertools.accumulate(s.count for s in self.shards))
         for shard in self.shards:
             check_size(self.folder, shard)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._pid = os.getpid()
-        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._owner = _OPEN.owner(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock", "_pid")}
+        return {k: v for k, v in self.__dict__.items() if k != "_owner"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._reset()
+        self._owner = _OPEN.owner(self)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -283,20 +278,7 @@ class Shards:
         return shard, index - (self._ends[shard - 1] if shard else 0)
 
     def _reader(self, shard: int) -> Any:
-        if self._pid != os.getpid():
-            self._reset()
-        with self._lock:
-            reader = self._readers.get(shard)
-            if reader is None:
-                reader = open_shard(self.folder, self.shards[shard])
-                self._readers[shard] = reader
-                if len(self._readers) > _OPEN_READERS:
-                    self._readers.popitem(
-                        last=False
-                    )  # closed when the last thread that reads from it is done
-            else:
-                self._readers.move_to_end(shard)
-        return reader
+        return _OPEN.get(self._owner, shard, lambda: open_shard(self.folder, self.shards[shard]))
 
 
 _REMEDY = "unimed-jax data check --full lists all damage; export the source again"
@@ -337,6 +319,7 @@ def open_shard(folder: Path, shard: ShardInfo) -> Any:
     except Exception as e:  # array_record raises plain RuntimeError
         raise DataError(f"shard {path} cannot be opened: {e}", "export the source again") from e
     if count != shard.count:
+        refuse_unopened(path)  # which array_record takes for a file of no records
         raise DataError(
             f"shard {path} has {count} records, the manifest says {shard.count}", "export the source again"
         )
@@ -346,6 +329,17 @@ def open_shard(folder: Path, shard: ShardInfo) -> Any:
             f"shard {path} is compressed ({options})", "export the source with unimed-jax data build"
         )
     return reader
+
+
+def refuse_unopened(path: Path) -> None:
+    """Raises DataError when a file cannot be opened at all, as when this process has too many open."""
+    try:
+        path.open("rb").close()
+    except OSError as e:
+        remedy = (
+            "allow more open files: ulimit -n 16384" if e.errno == errno.EMFILE else "export the source again"
+        )
+        raise DataError(f"shard {path} cannot be opened: {e.strerror}", remedy) from e
 
 
 def array_record_module() -> Any:

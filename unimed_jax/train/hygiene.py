@@ -291,6 +291,18 @@ def allocator_environment() -> None:
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 29))
 
 
+def open_file_limit() -> None:
+    """Lets this process and its readers open up to 16384 files, if they may: a mixture has thousands of shards."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def quiet_libraries() -> None:
     """Keeps the logs of libraries off the terminal: what matters of them is said in our own lines."""
     import logging

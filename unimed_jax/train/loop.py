@@ -87,6 +87,7 @@ def run(
     """
     config_rules.validate(cfg)
     hygiene.allocator_environment()
+    hygiene.open_file_limit()
     multi = bool(hygiene.initialize_distributed())
     hygiene.die_alone(multi)
     hygiene.compilation_cache()

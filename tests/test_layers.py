@@ -27,7 +27,7 @@ ROWS = [
     ["infer", "model_folder", "hub"],
     ["train.checkpoint", "train.assemble", "convert"],
     ["models", "parallel", "train"],
-    ["data.pipeline", "captioning"],
+    ["data.pipeline", "data.bench", "captioning"],
     ["data", "evaluate"],
     ["config_rules", "vectors"],
     ["config"],

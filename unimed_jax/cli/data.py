@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unimed_jax.cli import overlap
+from unimed_jax.cli import data_bench, overlap
 from unimed_jax.cli.args import Parser
 from unimed_jax.errors import DataError, UsageError
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="unimed-jax data", description="Records: build, import-wds, check, stats, show, overlap."
+        prog="unimed-jax data", description="Records: build, import-wds, check, stats, show, overlap, bench."
     )
     verbs = parser.add_subparsers(
-        dest="verb", required=True, metavar="{build,import-wds,check,stats,show,overlap}"
+        dest="verb", required=True, metavar="{build,import-wds,check,stats,show,overlap,bench}"
     )
     build = verbs.add_parser(
         "build",
@@ -61,6 +61,7 @@ def _parser() -> Parser:
         verb.add_argument("--workers", type=int, default=1, help="processes")
         verb.add_argument("--json", action="store_true", help="print JSON")
     overlap.add_parser(verbs)
+    data_bench.add_parser(verbs)
     return parser
 
 
@@ -118,7 +119,7 @@ def _sources_help() -> str:
 def run(argv: list[str]) -> int:
     """Runs one of the commands and returns the exit code."""
     args = _parser().parse(argv)
-    if getattr(args, "workers", 1) < 1:
+    if args.verb != "bench" and getattr(args, "workers", 1) < 1:
         raise UsageError(f"--workers is {args.workers}", "at least 1")
     return {
         "build": _build,
@@ -127,6 +128,7 @@ def run(argv: list[str]) -> int:
         "stats": _stats,
         "show": _show,
         "overlap": overlap.run,
+        "bench": data_bench.run,
     }[args.verb](args)
 
 

@@ -244,8 +244,13 @@ def test_stats(phantom, capsys):
     code, out, _ = outcome(capsys, "stats", phantom)
     assert code == 0
     assert "48 pictures, 0 of them there more than once" in out
-    for word in ("Histopathology", "patients", "tokens not counted"):
+    for word in ("Histopathology", "patients", "there before", "95 %", "words <=8", "tokens not counted"):
         assert word in out
+    assert "similar" not in out
+    code, out, _ = outcome(capsys, "stats", phantom, "--duplicates", "--distance", "8")
+    assert code == 0
+    assert "0 more with the pixels of an earlier one" in out
+    assert outcome(capsys, "stats", phantom, "--duplicates", "--distance", "99")[0] == 2
     found = json.loads(outcome(capsys, "stats", phantom, "--json", "--workers=2")[1])
     assert sum(row["images"] for row in found["rows"]) == 48
     assert {row["modality"] for row in found["rows"]} == {

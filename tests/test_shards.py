@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimed_jax.data import images, limits, lock, open_files, record, shards, validate, verify
+from unimed_jax.data import images, limits, lock, open_files, record, shards, stats, validate, verify
 from unimed_jax.data.export import default_shards, export, write_range
 from unimed_jax.data.record import Caption, Example
 from unimed_jax.data.shards import Manifest, Shards, find_sources

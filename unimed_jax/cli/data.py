@@ -49,7 +49,17 @@ def _parser() -> Parser:
         _add_export_options(verb)
     check = verbs.add_parser("check", help="verify records; exit code 3 with a list if anything is wrong")
     check.add_argument("--full", action="store_true", help="read every record, decode every picture")
-    stats = verbs.add_parser("stats", help="count pictures, patients, captions, tokens")
+    stats = verbs.add_parser(
+        "stats", help="count pictures, patients, captions, their lengths, and what is there twice"
+    )
+    stats.add_argument(
+        "--duplicates",
+        action="store_true",
+        help="decode every picture; compare pixels and perceptual hashes, too",
+    )
+    stats.add_argument(
+        "--distance", type=int, default=10, help="bits in which the hashes of similar pictures may differ"
+    )
     show = verbs.add_parser("show", help="print some records")
     show.add_argument("-n", type=int, default=5, help="records")
     show.add_argument("--source", default="", help="only this source")
@@ -251,17 +261,42 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from unimed_jax.data import verify
+    from unimed_jax.data import stats
 
-    found = verify.stats(args.root, workers=args.workers)
+    found = stats.stats(args.root, workers=args.workers, duplicates=args.duplicates, distance=args.distance)
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return 0
-    names = [b for b in verify.BUCKET_NAMES if any(b in row["tokens"] for row in found["rows"])]
-    columns = ("source", "split", "modality", "images", "patients", "captions", "words", "simulated")
-    rows = [[*(row[c] for c in columns), *(row["tokens"].get(b, 0) for b in names)] for row in found["rows"]]
-    _print_table((*columns, *(f"tokens {b}" for b in names)), rows)
+    place = ("source", "split", "modality")
+    more = ("same_pixels", "similar") if args.duplicates else ()
+    columns = (*place, "images", "duplicates", *more, "patients", "simulated")
+    titles = (*place, "images", "there before", *(m.replace("_", " ") for m in more), "patients", "simulated")
+    _print_table(titles, [[row[c] for c in columns] for row in found["rows"]])
+    columns = (*place, "captions", "duplicate_captions", "words")
+    groups = [
+        (what, key, [n for n in stats.bucket_names(bounds) if any(n in row[key] for row in found["rows"])])
+        for what, key, bounds in (
+            ("words", "words_by_length", stats.WORD_BUCKETS),
+            ("tokens", "tokens", stats.TOKEN_BUCKETS),
+        )
+    ]
+    rows = [
+        [
+            *(row[c] for c in columns),
+            *row["lengths"].values(),
+            *(row[key].get(n, 0) for _, key, names in groups for n in names),
+        ]
+        for row in found["rows"]
+    ]
+    titles = (*place, "captions", "there before", "words", "median", "95 %", "longest")
+    _print_table((*titles, *(f"{what} {n}" for what, _, names in groups for n in names)), rows)
     print(f"{found['images']} pictures, {found['duplicates']} of them there more than once")
+    if args.duplicates:
+        print(
+            f"{found['same_pixels']} more with the pixels of an earlier one, {found['similar']} more similar to one "
+            f"(at most {args.distance} bits)"
+        )
+    print(f"{found['captions']} captions, {found['duplicate_captions']} of them there more than once")
     return 0
 
 

@@ -205,6 +205,13 @@ def to_rgb(pixels: UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"]) -> UIn
     return out
 
 
+def one_channel(
+    pixels: UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"],
+) -> UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"]:
+    """A picture whose three channels are the same as one; others as they are."""
+    return pixels[..., 0] if pixels.ndim == 3 and (pixels[..., :1] == pixels[..., 1:]).all() else pixels
+
+
 def crop_box(
     height: int,
     width: int,

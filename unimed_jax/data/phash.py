@@ -10,6 +10,7 @@ and larger crops change the hash.
 from __future__ import annotations
 
 import functools
+import hashlib
 from itertools import combinations
 
 import numpy as np
@@ -69,6 +70,13 @@ def phashes(pixels: UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"]) -> tu
         top, left = (height - side) // 2, (width - side) // 2
         found.append(phash(np.ascontiguousarray(pixels[top : top + side, left : left + side])))
     return tuple(h for h in found if h is not None)
+
+
+def prints(pixels: UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"]) -> tuple[bytes, tuple[int, ...]]:
+    """What identifies a decoded picture: 16 bytes of a digest of shape and values, and its hashes."""
+    digest = hashlib.sha256(f"{pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()[:16], phashes(pixels)
 
 
 def near(

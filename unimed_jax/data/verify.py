@@ -1,9 +1,8 @@
-"""Looks at everything that is stored: `check` finds damage and leaks, `stats` counts."""
+"""Looks at everything that is stored: `check` finds damage and leaks."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ from unimed_jax.data.record import Example
 from unimed_jax.data.shards import MANIFEST, Manifest, ShardInfo, Shards
 from unimed_jax.errors import DataError, UnimedError
 
-TOKEN_BUCKETS = (32, 64, 96, 128, 192, 256)
 _MANY = 20  # problems listed a shard
 
 
@@ -38,7 +36,7 @@ class CheckReport:
 
 
 @dataclass(slots=True, frozen=True)
-class _Job:
+class Job:
     """One shard to read."""
 
     folder: Path
@@ -47,16 +45,17 @@ class _Job:
     shard: ShardInfo
 
 
-def _jobs(found: dict[str, Path]) -> list[_Job]:
+def jobs_of(found: dict[str, Path]) -> list[Job]:
+    """The shards of all sources, in the order of names and manifests."""
     return [
-        _Job(folder, name, split, shard)
+        Job(folder, name, split, shard)
         for name, folder in found.items()
         for split, infos in Manifest.read(folder).splits.items()
         for shard in infos
     ]
 
 
-def _records(job: _Job) -> Iterator[tuple[int, Example | DataError]]:
+def records_of(job: Job) -> Iterator[tuple[int, Example | DataError]]:
     """The records of a shard in order; a damaged one comes as its error."""
     reader = shards.open_shard(job.folder, job.shard)
     for row in range(job.shard.count):
@@ -87,7 +86,7 @@ def check(root: str | Path, *, full: bool = True, workers: int = 1) -> CheckRepo
     found = shards.find_sources(root)
     if not found and not report.problems:
         raise DataError(f"no source with a {MANIFEST} under {root}", "unimed-jax data build SOURCE --out DIR")
-    jobs = _jobs(found)
+    jobs = jobs_of(found)
     report.sources, report.shards = list(found), len(jobs)
     report.records = sum(job.shard.count for job in jobs)
     for folder in found.values():
@@ -110,12 +109,12 @@ _IDS = np.dtype([("key", "u8"), ("picture", "u8"), ("patient", "u8"), ("job", "i
 _Found = tuple[list[str], np.ndarray, np.ndarray, np.ndarray]
 
 
-def _number(text: str) -> int:
+def number_of(text: str) -> int:
     """64 bits that stand for a text; 0 for an empty one."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") if text else 0
 
 
-def _open_only(job: _Job) -> _Found:
+def _open_only(job: Job) -> _Found:
     none = np.zeros(0, np.uint64)
     try:
         shards.open_shard(job.folder, job.shard)
@@ -124,7 +123,7 @@ def _open_only(job: _Job) -> _Found:
         return [e.cause], none, none, none
 
 
-def _check_shard(job: _Job) -> _Found:
+def _check_shard(job: Job) -> _Found:
     path = job.folder / job.shard.file
     problems, ids, bad = _open_only(job)[0], [], 0
     if not problems:
@@ -132,12 +131,12 @@ def _check_shard(job: _Job) -> _Found:
             problems.append(
                 f"shard {path} is not the file that was written: its sha256 differs from the manifest's"
             )
-        for row, example in _records(job):
+        for row, example in records_of(job):
             if isinstance(example, DataError):
                 fault, example = example.cause, Example(key="", image=b"")
             else:
                 fault = _fault(example, job)
-            ids.append((_number(example.key), _number(example.sha256), _number(example.patient)))
+            ids.append((number_of(example.key), number_of(example.sha256), number_of(example.patient)))
             bad += bool(fault)
             if fault and bad <= _MANY:
                 problems.append(f"shard {path} record {row} {example.key}: {fault}".replace(" : ", ": "))
@@ -147,7 +146,7 @@ def _check_shard(job: _Job) -> _Found:
     return problems, columns[0], columns[1], columns[2]
 
 
-def _fault(example: Example, job: _Job) -> str:
+def _fault(example: Example, job: Job) -> str:
     """What is wrong with a record; empty if nothing is."""
     if (example.source, example.split) != (job.source, job.split):
         return f"it belongs to split {example.split!r} of source {example.source!r}"
@@ -193,7 +192,7 @@ def _strangers(folder: Path) -> list[str]:
     ]
 
 
-def _duplicates(jobs: list[_Job], ids: np.ndarray) -> list[str]:
+def _duplicates(jobs: list[Job], ids: np.ndarray) -> list[str]:
     """Keys that are there twice; pictures in two splits of any source; patients in two splits of one source."""
     split_names = sorted({job.split for job in jobs})
     source_names = sorted({job.source for job in jobs})
@@ -226,84 +225,10 @@ def _pairs(values: np.ndarray, scope: np.ndarray, across: np.ndarray) -> Iterato
             yield int(order[i]), int(order[i + 1])
 
 
-def _name(jobs: list[_Job], row: Any) -> str:
+def _name(jobs: list[Job], row: Any) -> str:
     job = jobs[int(row["job"])]
     blob = shards.open_shard(job.folder, job.shard).read([int(row["row"])])[0]
     return f"{record.decode(blob).key} ({job.split})"
-
-
-def stats(root: str | Path, *, workers: int = 1) -> dict[str, Any]:
-    """Counts all sources under a folder.
-
-    Returns:
-        {"rows": [{source, split, modality, images, patients, captions, words, simulated, tokens: {bucket: n}}],
-        "images": n, "duplicates": pictures that are there more than once}; buckets are named as by `bucket`.
-
-    Raises:
-        DataError: for a folder without sources, or damaged records.
-    """
-    found = shards.find_sources(root)
-    if not found:
-        raise DataError(f"no source with a {MANIFEST} under {root}", "unimed-jax data build SOURCE --out DIR")
-    counts: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
-    patients: dict[tuple[str, str, str], set[str]] = defaultdict(set)
-    pictures = []
-    for job, (shard_counts, shard_patients, shard_pictures) in pool.run(
-        _count_shard, (), _jobs(found), workers
-    ):
-        pictures.append(shard_pictures)
-        for modality, counter in shard_counts.items():
-            counts[job.source, job.split, modality].update(counter)
-            patients[job.source, job.split, modality] |= shard_patients[modality]
-    rows = []
-    for place, counter in sorted(counts.items()):
-        tokens = {k.removeprefix("tokens "): n for k, n in counter.items() if k.startswith("tokens ")}
-        rows.append(
-            dict(zip(("source", "split", "modality"), place, strict=True))
-            | {k: counter[k] for k in ("images", "captions", "words", "simulated")}
-            | {
-                "patients": len(patients[place]),
-                "tokens": {b: tokens[b] for b in BUCKET_NAMES if b in tokens},
-            }
-        )
-    every = np.concatenate(pictures) if pictures else np.zeros(0)
-    return {"rows": rows, "images": len(every), "duplicates": int(len(every) - len(np.unique(every)))}
-
-
-BUCKET_NAMES = (*(f"<={n}" for n in TOKEN_BUCKETS), f">{TOKEN_BUCKETS[-1]}", "not counted")
-
-
-def bucket(tokens: int) -> str:
-    """The name of the length group of a caption.
-
-    Example:
-        >>> bucket(0), bucket(33), bucket(300)
-        ('not counted', '<=64', '>256')
-    """
-    if not tokens:
-        return "not counted"
-    return next((f"<={n}" for n in TOKEN_BUCKETS if tokens <= n), f">{TOKEN_BUCKETS[-1]}")
-
-
-def _count_shard(job: _Job) -> tuple[dict[str, Counter[str]], dict[str, set[str]], np.ndarray]:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    patients: dict[str, set[str]] = defaultdict(set)
-    pictures = []
-    for row, example in _records(job):
-        if isinstance(example, DataError):
-            raise DataError(
-                f"shard {job.folder / job.shard.file} record {row}: {example.cause}", "data check --full"
-            )
-        counter = counts[example.modality or "unknown"]
-        counter["images"] += 1
-        counter["simulated"] += example.simulated
-        counter["captions"] += len(example.captions)
-        counter["words"] += sum(len(c.text.split()) for c in example.captions)
-        counter.update("tokens " + bucket(c.tokens) for c in example.captions)
-        if example.patient:
-            patients[example.modality or "unknown"].add(example.patient)
-        pictures.append(_number(example.sha256))
-    return counts, patients, np.array(pictures, np.uint64)
 
 
 def sample(root: str | Path, n: int, *, source: str = "", split: str = "") -> list[Example]:

@@ -52,10 +52,9 @@ class Item:
             DataError: for a damaged image file.
         """
         where = Path(self.file or self.key).name
-        pixels = images.decode(self.data, where=where) if isinstance(self.data, bytes) else self.data
-        if pixels.ndim == 3 and (pixels[..., :1] == pixels[..., 1:]).all():
-            pixels = pixels[..., 0]
-        return pixels
+        return images.one_channel(
+            images.decode(self.data, where=where) if isinstance(self.data, bytes) else self.data
+        )
 
 
 class Inputs(Protocol):

@@ -115,6 +115,15 @@ def stalls(handler: Handler, body: dict[str, Any]) -> None:
     handler.stream(events(json.dumps({"captions": captions(body)}))[:3], end=False, keep=True)
 
 
+def half_refusal(handler: Handler, body: dict[str, Any]) -> None:
+    """A refusal that announces more than it says."""
+    handler.send_response(429)
+    handler.send_header("Content-Length", "100")
+    handler.end_headers()
+    handler.wfile.write(b'{"error"')
+    handler.close_connection = True
+
+
 def no_json_mode(handler: Handler, body: dict[str, Any]) -> None:
     """Refuses every response_format."""
     if "response_format" in body:

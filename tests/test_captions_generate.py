@@ -185,6 +185,7 @@ NETWORK = {
     "broken": (chat_server.status(500), None),
     "cut": (chat_server.cut, None),
     "early": (chat_server.early, None),
+    "half_refusal": (chat_server.half_refusal, None),
     "silent": (chat_server.silent, None),
     "stalls": (chat_server.stalls, None),
     "error_inside": (lambda h, b: h.stream(['data: {"error": {"message": "out of memory"}}\n\n']), None),
@@ -208,6 +209,15 @@ def test_what_the_network_does_is_tried_again_with_the_same_question(name, tmp_p
         assert slept == [asked, asked]
     else:
         assert 0.3 < slept[0] < 0.7 < slept[1] < 1.3
+
+
+def test_an_answer_of_pieces_without_words_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "MAX_REPLY_CHARS", 2000)
+    wordless = lambda h, b: h.stream(["data: {}\n\n" * 100] * 30 + chat_server.events("never read"))
+    with chat_server.serving([wordless]) as server:
+        found = run_one(server, tmp_path, sleep=lambda _: None)
+    assert (len(found["captions"]), len(server.requests)) == (3, 2)
+    assert server.requests[0] == server.requests[1]
 
 
 def test_retry_after_may_be_a_date_and_may_be_too_long(tmp_path):

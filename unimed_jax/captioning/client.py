@@ -129,6 +129,7 @@ class Endpoint:
     longest: float = 1200.0
     sleep: Callable[[float], None] = time.sleep
     _client: Any = field(init=False, repr=False)
+    _lost: type[Exception] = field(init=False, repr=False)  # of the HTTP library that the client is built on
     _key: str = field(init=False, repr=False)
     _tried: dict[str, int] = field(init=False, default_factory=lambda: dict.fromkeys(_NAMES, 0))
     _lock: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
@@ -147,6 +148,7 @@ class Endpoint:
         # No redirect leads elsewhere, and no proxy of the environment sees what is for this machine. Settings of the
         # environment that are meant for OpenAI's own service stay here.
         http = openai.DefaultHttpxClient(trust_env=remote, follow_redirects=False)
+        self._lost = importlib.import_module(type(http).__mro__[1].__module__).TransportError
         omit = {name: openai.Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}
         self._client = openai.OpenAI(
             base_url=self.url,
@@ -181,7 +183,7 @@ class Endpoint:
                 why, asked = f"status {e.status_code}", _retry_after(e.response.headers)
             except openai.APITimeoutError:
                 why = f"no answer within {self.timeout:g} s"
-            except openai.APIConnectionError:
+            except (openai.APIConnectionError, self._lost):  # the latter while a refusal was read
                 why = "no connection, or it was lost"
             except openai.APIError as e:  # an error inside the stream
                 why = f"the server reports {self._clean(e.message)!r}"
@@ -204,14 +206,14 @@ class Endpoint:
         with self._client.chat.completions.create(
             model=self.model, messages=list(messages), stream=True, **options
         ) as stream:
-            for chunk in stream:
+            for number, chunk in enumerate(stream):
                 model = chunk.model or model
                 for choice in (chunk.choices or ())[:1]:
                     content.append(choice.delta.content or "")
                     refusal.append(choice.delta.refusal or "")
                     size += len(content[-1]) + len(refusal[-1])
                     finish = choice.finish_reason or finish
-                if size > prompts.MAX_REPLY_CHARS:
+                if max(size, number) > prompts.MAX_REPLY_CHARS:  # pieces may be empty
                     raise _Cut(f"the answer has more than {prompts.MAX_REPLY_CHARS} characters")
                 if time.monotonic() > end:
                     raise _Cut(f"the answer took more than {self.longest:g} s")

@@ -34,7 +34,7 @@ Form of the answer: {{"captions": ["...", "..."]}} with exactly {n} texts."""
 
 _ADVICE = {
     "finding_missing": "some did not name the finding in the words given",
-    "contradiction": "some denied or doubted the finding, called the picture normal, or named another modality",
+    "contradiction": "some denied the finding or doubted it, called the picture normal, or named another modality",
     "second_finding": "some named another disease",
     "patient": "some held facts about one patient, such as age, sex, side, date or size",
     "length": "some were too short or too long",

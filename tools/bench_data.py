@@ -1,175 +1,133 @@
-"""Input speed, stage by stage, against the decode limit and against a plain Pillow loop; all in one run.
+"""Input speed, stage by stage, against the decode limit and against a web-dataset loader on the same files; in one run.
 
     python tools/bench_data.py
     python tools/bench_data.py --pixels 1024 --threads 4 --workers 4 --json data.json
 
-Generated JPEGs (power-law noise, quality 90, 4:2:0), colour and gray. Rounds alternate between the stages; each
-figure is the best of `--rounds`. "per core" divides by the CPU time of this process and its workers, so a busy
-machine moves it little; "wall" is what a training run would see. The Pillow loop decodes, converts to RGB, crops and
-resizes as the PyTorch implementation's loader does, without reading tars or tokenizing: an upper bound for it.
+Generated JPEGs (power-law noise, quality 90, 4:2:0), colour and gray: exported to records, and the same bytes and
+captions packed into a tar. Stages of `unimed_jax.data.bench` (which `unimed-jax data bench` runs on one's own
+records), the export, and two peers: a bare Pillow loop, and in a process of its own webdataset + Pillow + torchvision
+(tools/peer_loader.py). Rounds alternate between the stages; each figure is the best of `--rounds`. "core" divides by
+CPU time, so a busy machine moves it little; "wall" is what a training run sees.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
-import itertools
 import json
-import multiprocessing
 import os
 import platform
+import subprocess
 import sys
+import tarfile
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from noise import Noise
 from PIL import Image
 
 from unimed_jax import config
-from unimed_jax.data import export, images, pipeline, shards, text
-from unimed_jax.data.record import Caption, Example
-from unimed_jax.data.shards import Item
+from unimed_jax.data import bench, export, images, shards, text
+from unimed_jax.data.bench import LIMIT, Rate
 
-BATCH = 32  # rows
-SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
+EXPORT, PILLOW = "export", "Pillow loop"
 
 
-class Noise:
-    """A record source of generated JPEGs with the spectrum of photographs."""
+class PeerProcess:
+    """The web-dataset loader, one round a call."""
 
-    licence, description = "", "generated for a benchmark"
+    def __init__(self, tar: Path, size: int, n: int):
+        self.n = n
+        peers = Path(sys.prefix) / "peers"
+        paths = os.pathsep.join([str(peers), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, str(Path(__file__).with_name("peer_loader.py")), str(tar), str(size)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths}
+        )  # fmt: skip
+        self.name = self._line()
 
-    def __init__(self, name: str, n: int, pixels: int):
-        self.name, self.n, self.pixels = name, n, pixels
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise SystemExit(f"the peer ended with exit code {self.process.wait()}")
+        return line
 
-    def items(self) -> list[Item]:
-        return [Item(f"{self.name}/{i}") for i in range(self.n)]
+    def __call__(self) -> Rate:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        wall, cpu = json.loads(self._line())
+        return Rate(self.n / wall, self.n / cpu)
 
-    def example(self, item: Item) -> Example:
-        rng = np.random.default_rng([ord(self.name[0]), int(item.key.rsplit("/", 1)[1])])
-        channels = 3 if self.name == "colour" else 1
-        image = np.stack([power_law(self.pixels, rng) for _ in range(channels)], axis=-1)
-        out = io.BytesIO()
-        Image.fromarray(image.squeeze()).save(out, "JPEG", quality=90)
-        words = " ".join(
-            rng.choice(["chest", "film", "without", "effusion", "frontal", "view", "of", "lung"], 30)
-        )
-        return Example(
-            key=item.key, image=out.getvalue(), captions=(Caption(text=words), Caption(text=words[:60]))
-        )
-
-
-def power_law(pixels: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise with an amplitude of 1 / frequency, as u8[h w]."""
-    f = np.hypot(np.fft.fftfreq(pixels)[:, None], np.fft.rfftfreq(pixels)[None])
-    f[0, 0] = 1
-    spectrum = np.fft.rfft2(rng.standard_normal((pixels, pixels))) / f
-    image = np.fft.irfft2(spectrum, (pixels, pixels))
-    return np.clip(128 + 50 * (image - image.mean()) / image.std(), 0, 255).astype(np.uint8)
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
 
 
-def pillow_loop(data: bytes, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One image as the PyTorch implementation's loader makes it."""
+def pillow_picture(data: bytes, size: int, rng: np.random.Generator, crop: dict[str, Any]) -> np.ndarray:
+    """One picture as loaders make it with Pillow alone."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    top, left, h, w = images.crop_box(image.height, image.width, rng, scale=SCALE, ratio=RATIO)
+    top, left, h, w = images.crop_box(
+        image.height, image.width, rng, scale=crop["scale"], ratio=crop["ratio"]
+    )
     image = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of its living worker processes."""
-    tick = os.sysconf("SC_CLK_TCK")
-    total = time.process_time()
-    for child in multiprocessing.active_children():
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
-            total += (int(fields[11]) + int(fields[12])) / tick
-    return total
+def pack(source: Noise, path: Path) -> None:
+    """The pictures of a source with their first captions as a web-dataset tar."""
+    with tarfile.open(path, "w") as tar:
+        for i, item in enumerate(source.items()):
+            example = source.example(item)
+            for suffix, data in (("jpg", example.image), ("txt", example.captions[0].text.encode())):
+                member = tarfile.TarInfo(f"{i:06d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
-def timed(step: Callable[[], object], n: int) -> tuple[float, float]:
-    """Images per second of wall time and of CPU time."""
-    wall, cpu = time.perf_counter(), cpu_seconds()
-    step()
-    return n / (time.perf_counter() - wall), n / (cpu_seconds() - cpu)
-
-
-def loop(fn: Callable[[bytes], object], blobs: list[bytes]) -> tuple[float, float]:
-    return timed(lambda: [fn(b) for b in blobs], len(blobs))
-
-
-def stream(root: Path, name: str, size: int, threads: int, workers: int, n: int) -> tuple[float, float]:
-    """The full pipeline in its steady state: what is ready at the start of the window is made up at its end."""
-    c = config.Train(batch_size=BATCH)
-    c.model.vision.image_size = size
-    c.data = config.Data(
-        root=str(root), sources=(config.Source(name=name),), threads=threads, workers=workers
-    )
-    tokenizer = text.load_tokenizer(root / "tokenizer.json")
-    steps = max(1, n // BATCH)
-    with contextlib.closing(pipeline.make(c, tokenizer=tokenizer).batches()) as batches:
-        for _ in itertools.islice(batches, 4):
-            pass
-        return timed(lambda: [None for _ in itertools.islice(batches, steps)], steps * BATCH)
-
-
-def stages(root: Path, name: str, args: argparse.Namespace) -> dict[str, Callable[[], tuple[float, float]]]:
-    """Stage -> one round of it."""
-    records = shards.Shards(shards.find_sources(root)[name], "train")
+def measure(source: Noise, root: Path, tokenizer: text.Tokenizer, args: argparse.Namespace) -> dict[str, Any]:
+    """Rates of all stages on one kind of picture."""
+    export.export(source, root, shards=1, tokenizer=tokenizer)
+    c = config.Train()
+    c.model.vision.image_size = args.size
+    c.data = config.Data(root=str(root), sources=(config.Source(name=source.name),))
+    table, facts = bench.stages(c, tokenizer, args.images, threads=args.threads, workers=args.workers)
+    records = shards.Shards(root / source.name, "train")
     blobs = [records[i].image for i in range(len(records))]
-    rng, size = np.random.default_rng(0), args.size
-    tokenizer = text.load_tokenizer(root / "tokenizer.json")
-    captions = [records[i].captions[0].text for i in range(len(records))]
-    n = max(BATCH, args.images)
-    table = {
-        "read a record": lambda: timed(lambda: [records[i] for i in range(len(records))], len(records)),
-        "tokenize": lambda: timed(lambda: tokenizer.encode(captions, 256), len(captions)),
-        "decode": lambda: loop(images.decode, blobs),
-        "decode, crop, resize": lambda: loop(
-            lambda b: images.train_image(b, size, rng, scale=SCALE, ratio=RATIO), blobs
-        ),
-        "evaluation image": lambda: loop(lambda b: images.eval_image(b, size), blobs),
-        "Pillow loop": lambda: loop(lambda b: pillow_loop(b, size, rng), blobs),
-        "pipeline, 1 thread": lambda: stream(root, name, size, 1, 0, n),
-        f"pipeline, {args.threads} threads": lambda: stream(root, name, size, args.threads, 0, n),
-    }
-    if args.workers:
-        table[f"pipeline, {args.workers} processes"] = lambda: stream(root, name, size, 1, args.workers, n)
-    return table
-
-
-def measure(root: Path, name: str, args: argparse.Namespace) -> list[dict[str, object]]:
-    table = stages(root, name, args)
-    best = dict.fromkeys(table, (0.0, 0.0))
-    for _ in range(args.rounds):
-        for stage, run in table.items():
-            found = run()
-            best[stage] = (max(best[stage][0], found[0]), max(best[stage][1], found[1]))
-    limit, peer = best["decode, crop, resize"], best["Pillow loop"]
-    return [
-        {
-            "images": name,
-            "stage": stage,
-            "wall_per_s": round(wall, 1),
-            "core_per_s": round(core, 1),
-            "wall_over_limit": round(wall / limit[0], 3),
-            "core_over_limit": round(core / limit[1], 3),
-            "core_over_pillow": round(core / peer[1], 3),
-        }
-        for stage, (wall, core) in best.items()
-    ]
-
-
-def show(rows: list[dict[str, object]]) -> None:
-    titles = ("wall/s", "core/s", "wall/limit", "core/limit", "core/Pillow")
-    print(f"{'images':8} {'stage':26}" + "".join(f"{t:>13}" for t in titles))
+    rng, crop = np.random.default_rng(0), {"scale": c.data.crop_scale, "ratio": c.data.crop_ratio}
+    table[EXPORT] = lambda: bench.timed(
+        lambda: export.export(source, root, shards=1, tokenizer=tokenizer, force=True), source.n
+    )
+    table[PILLOW] = lambda: bench.timed(
+        lambda: [pillow_picture(b, args.size, rng, crop) for b in blobs], len(blobs)
+    )
+    tar = root / f"{source.name}.tar"
+    pack(source, tar)
+    peer = PeerProcess(tar, args.size, source.n)
+    try:
+        found = bench.best(table | {peer.name: peer}, args.rounds)
+    finally:
+        peer.close()
+    rows = bench.rows(found, facts["mean_bytes"])
     for r in rows:
-        figures = list(r.values())[2:]
-        print(f"{r['images']!s:8} {r['stage']!s:26}" + "".join(f"{x:>13}" for x in figures))
-    print("limit = decode, crop, resize in a bare loop (one core); Pillow = the Pillow loop (one core)")
+        core = found[r["stage"]].core
+        r["core_over_decode"] = round(core / found["decode"].core, 3)
+        r["core_over_peer"] = round(core / found[peer.name].core, 3)
+    return {"images": source.name, "mean_bytes": facts["mean_bytes"], "stages": rows}
+
+
+def show(part: dict[str, Any]) -> None:
+    titles = ("wall/s", "core/s", "MB/s", "core/limit", "core/decode", "core/peer")
+    print(
+        f"\n{part['images']}, {part['mean_bytes'] / 1000:.0f} kB".ljust(53)
+        + "".join(f"{t:>12}" for t in titles)
+    )
+    for r in part["stages"]:
+        print(f"{r['stage'][:52]:52}" + "".join(f"{x:>12}" for x in list(r.values())[1:]))
 
 
 def main() -> None:
@@ -183,26 +141,27 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--json", default="", help="also write the figures to this file")
     args = p.parse_args()
-    rows: list[dict[str, object]] = []
+    facts: dict[str, Any] = {
+        "command": "python tools/bench_data.py " + " ".join(sys.argv[1:]),
+        "cores": cores,
+        "processor": platform.processor() or platform.machine(),
+        "load average": round(os.getloadavg()[0], 2),
+    }
+    print(json.dumps(facts))
+    parts = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        sources = [Noise(name, args.images, args.pixels) for name in ("colour", "gray")]
+        sources = [
+            Noise("gray" if gray else "colour", args.images, args.pixels, gray=gray) for gray in (False, True)
+        ]
         lines = [c.text for s in sources for i in s.items()[:20] for c in s.example(i).captions]
         tokenizer = text.train_wordpiece(lines, 200, root)
         for source in sources:
-            export.export(source, root, shards=1, tokenizer=tokenizer)
-            rows += measure(root, source.name, args)
-    show(rows)
+            parts.append(measure(source, root, tokenizer, args))
+            show(parts[-1])
+    print(f"\nlimit = {LIMIT} in a bare loop; core = a core and second; peer = the last line")
     if args.json:
-        facts = {
-            "command": "python tools/bench_data.py " + " ".join(sys.argv[1:]),
-            "cores": cores,
-            "processor": platform.processor() or platform.machine(),
-            "pixels": args.pixels,
-            "size": args.size,
-            "rows": rows,
-        }
-        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(facts | {"parts": parts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -98,8 +98,14 @@ def test_same_command_again_asks_nothing_and_writes_the_same_bytes(table, tmp_pa
         cli.run(arguments(table, server.url))
         assert len(server.requests) == asked
         assert (tmp_path / "out.json").read_bytes() == before
-        cli.run(arguments(table, server.url, "--seed", "7"))
-        assert len(server.requests) == 2 * asked
+        cli.run(arguments(table, server.url))
+        assert (tmp_path / "out.json").read_bytes() == before
+        with pytest.raises(UsageError, match="captions that are not among the new ones"):
+            cli.run(arguments(table, server.url, "--seed", "7"))
+        assert (tmp_path / "out.json").read_bytes() == before
+        cli.run(arguments(table, server.url, "--seed", "7", "--force"))
+        assert len(server.requests) == 2 * asked  # the answers were kept
+        assert (tmp_path / "out.json").read_bytes() != before
 
 
 def test_the_result_does_not_depend_on_workers_or_on_which_answer_comes_first(table, tmp_path):

@@ -122,6 +122,17 @@ def test_the_page_stands_alone_and_texts_stay_texts(made, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to open the page")
+def test_long_words_do_not_make_the_page_wider_than_a_phone(tmp_path):
+    triplet = Triplet(modality="X-ray", anatomy="chest", finding="pneumonia" * 20, synonyms=("x" * 200,))
+    label = Label(triplet=triplet, captions=[{"text": "A film of " + "pneumonia" * 20, "kind": "llm"}])
+    (tmp_path / "page.html").write_text(review.page(LabelCaptions(labels=[label])))
+    with Browser(tmp_path / "profile", width=420) as browser:
+        browser.open((tmp_path / "page.html").as_uri())
+        browser.wait("document.getElementById('count') && document.getElementById('count').textContent")
+        assert browser.js("document.documentElement.scrollWidth") <= 420
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to open the page")
 def test_the_page_in_a_browser_saves_what_was_clicked(made, tmp_path):
     cli.run(["review", str(made), "--out", str(tmp_path / "page.html")])
     found = label_captions.read(made)

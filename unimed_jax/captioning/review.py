@@ -19,7 +19,8 @@ VERSION = 1
 DECISIONS = ("accept", "strike")
 
 _STYLE = """\
-body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:60em;padding:0 1em 6em;color:#1b1b1b}
+body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:60em;padding:0 1em 6em}
+body{color:#1b1b1b;overflow-wrap:anywhere}button{flex:none}
 h2{font-size:1.05em;margin:1.6em 0 .4em}ol{list-style:none;padding:0;margin:0}
 li{display:flex;gap:.6em;align-items:baseline;padding:.3em .4em;border-left:4px solid #ccc;margin:.25em 0}
 li.accept{border-color:#1a7f37;background:#eefaf0}li.strike{border-color:#b42318;background:#fdf0ef}
@@ -92,6 +93,7 @@ def page(found: LabelCaptions) -> str:
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Captions</title>'
+        '<meta name="viewport" content="width=device-width">'
         f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; {allowed}">'
         f'<style>{_STYLE}</style><body data-sha256="{digest(found)}"><h1>Captions</h1>'
         f"<p><small>{made}</small></p><p>Accept what is true for every picture with the label, strike the rest, "

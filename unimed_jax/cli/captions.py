@@ -147,7 +147,29 @@ def _generate(args: argparse.Namespace) -> int:
             found = generate.run(triplets, endpoint, cache, settings, workers=args.workers, progress=progress)
         if cache.hits:
             print(f"{cache.hits} answers were there from an earlier run", file=sys.stderr)
+        if out.exists() and not args.force:
+            _refuse_loss(out, found)
         return _finish(out, found, "--rounds asks more often; synonyms help where the finding is not named")
+
+
+def _refuse_loss(out: Path, found: LabelCaptions) -> None:
+    """Refuses to replace a file with captions that are not among the new ones: of other settings, or edited.
+
+    Raises:
+        UsageError: saying how many.
+        DataError: for a file that holds no captions.
+    """
+    from unimed_jax.data import label_captions
+
+    there, new = (
+        {(label.triplet.key, c["text"]) for label in x.labels for c in label.captions}
+        for x in (label_captions.read(out), found)
+    )
+    if lost := len(there - new):
+        raise UsageError(
+            f"{out} has {lost} captions that are not among the new ones",
+            "--force replaces it, or give another --out; the answers are kept",
+        )
 
 
 def _template(args: argparse.Namespace) -> int:

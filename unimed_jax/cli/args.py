@@ -21,6 +21,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
             return action.help
         return super()._get_help_string(action)
 
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        """What kind of value it is, where the parser names none: the name of the flag says nothing new."""
+        kinds = {int: "N", float: "X"}
+        return kinds.get(action.type) or super()._get_default_metavar_for_optional(action)
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError and suggests the closest flag."""
@@ -33,6 +38,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage and exiting."""
         raise UsageError(f"{self.prog.removeprefix('unimed-jax ')}: {message}", f"{self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuses what is no choice, with the closest one; also verbs below the first."""
+        if action.choices is not None and value not in action.choices:
+            known = [str(c) for c in action.choices]
+            what = "verb" if isinstance(action, argparse._SubParsersAction) else "choice"
+            listed = ", ".join(known)
+            message = f"no {what} {value!r}.{did_you_mean(str(value), known)} There are: {listed}"
+            if what == "verb":
+                self.error(message)
+            raise argparse.ArgumentError(action, message)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Parses; `--flag_name` is the same as `--flag-name`.
@@ -69,16 +85,24 @@ def _dashes(arg: str) -> str:
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     """What of a file becomes a picture: gray values, slices of a volume, tiles of a slide."""
     parser.add_argument(
-        "--window", default="", help="lung, brain, bone, ... or CENTRE,WIDTH; default: the file's own"
+        "--window",
+        default="",
+        metavar="W",
+        help="lung, brain, bone, ... or CENTRE,WIDTH; default: the file's own",
     )
     parser.add_argument(
-        "--slices", default="middle", help="middle, all or every:N, of volumes and files with several frames"
+        "--slices",
+        default="middle",
+        metavar="S",
+        help="middle, all or every:N, of volumes and files with several frames",
     )
     parser.add_argument(
-        "--mpp", type=float, metavar="X", help="microns per pixel of a slide's tiles; 0.5 is 20x"
+        "--mpp", type=float, metavar="MICRONS", help="per pixel of a slide's tiles; 0.5 is 20x"
     )
     parser.add_argument("--level", type=int, metavar="N", help="level of a slide, instead of --mpp")
-    parser.add_argument("--tissue", type=float, default=0.25, help="share of a tile that must be tissue")
+    parser.add_argument(
+        "--tissue", type=float, default=0.25, metavar="SHARE", help="of a tile that must be tissue, 0 to 1"
+    )
     parser.add_argument(
         "--max-tiles", type=int, default=1000, metavar="N", help="of one slide, spread evenly"
     )

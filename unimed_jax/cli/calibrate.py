@@ -148,7 +148,7 @@ def _entry(args: argparse.Namespace, source: Path) -> dict[str, Any]:
         task = make(names, modality=args.modality)
     else:
         asked = args.prompts or args.task
-        task = multilabel.load(asked) if multilabel.is_multilabel(asked) else tasks.load(asked)
+        task = multilabel.either(asked)
     layout = {"kind": "csv", "file": source.name, "image": args.image, "group_columns": list(_SUBJECTS)}
     if isinstance(task, multilabel.Findings):
         pairs = {

@@ -78,7 +78,10 @@ def _ask(parser: Parser) -> None:
     classes.add_argument("--prompts", metavar="FILE", help='JSON: {"class": ["prompt", ...], ...}')
     classes.add_argument("--task", metavar="NAME", help="a built-in task, e.g. modality")
     parser.add_argument(
-        "--modality", default="", help="named in the sentences of --labels: xray, ct, mri, ..."
+        "--modality",
+        default="",
+        metavar="NAME",
+        help="named in the sentences of --labels: xray, ct, mri, ...",
     )
     parser.add_argument(
         "--multilabel",
@@ -260,9 +263,10 @@ def _task(args: argparse.Namespace) -> Task | Findings:
     if args.prompts and not Path(args.prompts).is_file():
         raise UsageError(f"no prompt file {args.prompts}", "give a JSON file, or --task NAME")
     name = Path(args.prompts) if args.prompts else args.task
-    if multilabel.is_multilabel(name) != args.multilabel:
+    task = multilabel.either(name)
+    if isinstance(task, multilabel.Findings) != args.multilabel:
         what = "is about findings" if not args.multilabel else "has no prompts for and against findings"
         raise UsageError(
             f"{name} {what}", "add --multilabel" if not args.multilabel else "leave --multilabel out"
         )
-    return multilabel.load(name) if args.multilabel else tasks.load(name)
+    return task

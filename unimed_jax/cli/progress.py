@@ -17,8 +17,9 @@ class Progress:
 
     def __init__(self, title: str, unit: str):
         self.title, self.unit = title, unit
-        self.start = self.shown = time.monotonic()
+        self.shown = time.monotonic()
         self.bar: Any = None
+        self.first: tuple[float, int] | None = None  # when it was called first, and what was done by then
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
@@ -42,9 +43,13 @@ class Progress:
     def __call__(self, done: int, total: int) -> None:
         """Shows how far it is."""
         now = time.monotonic()
-        speed = f"{done / max(now - self.start, 1e-9):.0f} {self.unit}/s"
+        begin, before = self.first = self.first or (now, done)
+        # The first report comes after the compilation, which says nothing about the speed of the rest.
+        speed = (
+            f"{(done - before) / (now - begin):.0f} {self.unit}/s" if done > before and now > begin else ""
+        )
         if self.bar:
             self.bar.update(self.task, completed=done, total=total, speed=speed)
         elif done >= total or now - self.shown > 30:
             self.shown = now
-            print(f"{self.title:<7} {done}/{total}  {speed}", file=sys.stderr, flush=True)
+            print(f"{self.title:<7} {done}/{total}  {speed}".rstrip(), file=sys.stderr, flush=True)

@@ -143,7 +143,9 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def read_json(path: Path, remedy: str, *, missing: str = "", most: int | None = None) -> Any:
+def read_json(
+    path: Path, remedy: str, *, missing: str = "check its name and permissions", most: int | None = None
+) -> Any:
     """The content of a JSON file in UTF-8.
 
     Args:

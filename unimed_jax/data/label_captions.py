@@ -184,7 +184,8 @@ def _table(path: Path, needed: Sequence[str], more: Sequence[str]) -> Iterable[t
             rows.append((values, f"{path.name} line {reader.line_num}"))
         return rows
     except OSError as e:
-        raise DataError(f"{path} cannot be read ({e.strerror or type(e).__name__})") from e
+        what = f"{path} cannot be read ({e.strerror or type(e).__name__})"
+        raise DataError(what, "check its name and permissions") from e
     except (UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path} is no CSV in UTF-8: {e}") from e
 

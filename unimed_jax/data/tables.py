@@ -72,7 +72,8 @@ def read(file: Path) -> Table:
             raise DataError(f"{file} is too large", f"at most {limits.MAX_FILE_BYTES} bytes")
         data = file.read_bytes()
     except OSError as e:
-        raise DataError(f"{file} cannot be read ({e.strerror or type(e).__name__})") from e
+        what = f"{file} cannot be read ({e.strerror or type(e).__name__})"
+        raise DataError(what, "check its name and permissions") from e
     notes = []
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{file} is UTF-16", "save it as CSV UTF-8")

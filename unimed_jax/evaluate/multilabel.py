@@ -116,6 +116,25 @@ def is_multilabel(name: str | Path) -> bool:
     return isinstance(raw, dict) and ("findings" in raw or any(map(pairs, raw.values())))
 
 
+def either(name: str | Path) -> tasks.Task | Findings:
+    """A built-in task of either kind by name, or one from a JSON file.
+
+    Raises:
+        UsageError: for an unknown name, or a file that is no valid task, naming the field.
+
+    Example:
+        >>> either("modality").name, either("chest_findings").name
+        ('modality', 'chest_findings')
+    """
+    known, path = [*tasks.names(), *names()], Path(name)
+    if str(name) not in known and path.suffix != ".json" and not path.exists():
+        raise UsageError(
+            f"no task {str(name)!r}.{did_you_mean(str(name), known)}",
+            f"one of {', '.join(known)}, or a .json file",
+        )
+    return load(name) if is_multilabel(name) else tasks.load(name)
+
+
 def load(name: str | Path | Findings) -> Findings:
     """A built-in multi-label task by name, or one from a JSON file.
 

@@ -98,7 +98,7 @@ def predict(
         shown: pictures kept with a thumbnail, the model's square and their best prompts.
         share: this process of a job, and how many it has; all of them call this with the same inputs, each with a
             model on its own devices.
-        progress: called with (done, all) inputs of this process.
+        progress: called with (done, all) inputs of this process after each batch.
 
     Returns:
         Rows with file, frame, kind, modality, predicted, score and one score a class, in the order of the inputs, and
@@ -125,13 +125,13 @@ def predict(
                 part.ready.append(event)
                 if len(part.ready) == loaded.batch_size:
                     _score(loaded, asked, part, shown, loaded.batch_size)
+                    if progress:
+                        progress(number - mine.start, len(mine))
             elif isinstance(event, inputs.Failed):
                 e = event.error
                 part.errors.append({"file": str(event.file), "reason": e.cause, "remedy": e.remedy})
             else:
                 part.digests += event.digests.values()
-                if progress:
-                    progress(number + 1 - mine.start, len(mine))
     except UnimedError as e:  # the others wait for this one
         fault = (e.cause, e.remedy)
     read = _gathered({"pictures": part.pictures, "fault": fault}, share)
@@ -140,6 +140,8 @@ def predict(
             raise DataError(*other["fault"])
     # All batches of a job have one shape: the last digits would depend on who scores the last pictures.
     _score(loaded, asked, part, shown, sum(r["pictures"] for r in read))
+    if progress:
+        progress(len(mine), len(mine))
     return _finished(_whole_job(part, share), asked, shown)
 
 

@@ -170,7 +170,8 @@ def load(name: str | Path) -> Suite:
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise UsageError(f"suite file {path} cannot be read ({e.strerror or type(e).__name__})") from e
+        what = f"suite file {path} cannot be read ({e.strerror or type(e).__name__})"
+        raise UsageError(what, "check its name and permissions") from e
     raw = yaml_text.parse(data, str(path)) if path.suffix in YAML else _json(data, path)
     return from_dict(raw, path, hashlib.sha256(data).hexdigest())
 

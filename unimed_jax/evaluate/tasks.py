@@ -109,7 +109,7 @@ def load(name: str | Path | Task) -> Task:
     path = Path(name)
     if path.suffix == ".json" or path.exists():
         if not path.is_file():
-            raise UsageError(f"prompt file {path} does not exist")
+            raise UsageError(f"prompt file {path} does not exist", "check the spelling")
         return _parse(path)
     if str(name) not in names():
         raise UsageError(

@@ -170,7 +170,7 @@ def load(wanted: Wanted) -> tasks.Task | multilabel.Findings:
     """
     if isinstance(wanted, (tasks.Task, multilabel.Findings)):
         return wanted
-    return multilabel.load(wanted) if multilabel.is_multilabel(wanted) else tasks.load(wanted)
+    return multilabel.either(wanted)
 
 
 def _truth(t: tasks.Task | multilabel.Findings, facts: dict[int, Example]) -> tuple[list[int], Any]:

@@ -16,8 +16,8 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from unimed_jax import __version__, config, config_rules
-from unimed_jax.convert import card, optimizer
+from unimed_jax import __version__, config
+from unimed_jax.convert import card, optimizer, own_files
 from unimed_jax.convert.configs import read_json
 from unimed_jax.convert.mapped import shown
 from unimed_jax.convert.mapping import finite
@@ -30,8 +30,7 @@ from unimed_jax.data.text import Tokenizer
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip, zoo
 
-FORMAT, VERSION = "unimed_jax.model", 1
-WEIGHTS, TOKENIZER, CONFIG, CARD = "model.safetensors", "tokenizer.json", "config.json", "README.md"
+WEIGHTS, TOKENIZER, CONFIG, CARD = own_files.WEIGHTS, "tokenizer.json", own_files.CONFIG, "README.md"
 OWN_FILES = frozenset({WEIGHTS, TOKENIZER, CONFIG, CARD, optimizer.FILE})
 NO_TOKENIZER = "add the model's own: unimed-jax convert MODEL NEW --tokenizer DIR|FILE"
 _WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".index.json")
@@ -120,20 +119,7 @@ def _no_model(path: str) -> UsageError:
 def _read_config(folder: Path) -> tuple[config.Model, str]:
     """The architecture and the tokenizer's digest."""
     spec = read_json(folder / CONFIG)
-    if spec.get("format") != FORMAT:
-        raise DataError(
-            f"{folder} is no unimed_jax model folder", "convert it first, or give the right folder"
-        )
-    if spec.get("version") != VERSION:
-        raise DataError(
-            f"{folder} has version {shown(spec.get('version'))}, this program reads {VERSION}", "update it"
-        )
-    digest = _text(spec, "tokenizer", "digest", folder)
-    try:
-        cfg = config.from_dict(config.Model, spec.get("model", {}), where=f"{folder / CONFIG}: model")
-        return config_rules.validate_model(cfg), digest
-    except UsageError as e:  # the folder is wrong, not the request
-        raise DataError(e.cause, e.remedy or "restore the folder, or update the program") from e
+    return own_files.architecture(spec, folder), _text(spec, "tokenizer", "digest", folder)
 
 
 def _text(spec: Mapping[str, Any], part: str, name: str, folder: Path) -> str:
@@ -349,7 +335,7 @@ def save(
     shapes = {k: tuple(v.shape) for k, v in clip.flatten(clip.skeleton(cfg)[1]).items()}
     with files.swapped(folder, refuse) as beside:
         beside.mkdir()
-        digest = write_safetensors(beside / WEIGHTS, shapes, good, {"format": FORMAT}, hashed=True)
+        digest = write_safetensors(beside / WEIGHTS, shapes, good, {"format": own_files.MODEL}, hashed=True)
         if tokenizer is not None:
             tokenizer.save(beside)
         about = dict((extra() if callable(extra) else extra) or {})
@@ -383,8 +369,8 @@ def _card(cfg: config.Model, tokenizer: Tokenizer | None, about: Mapping[str, An
 def _describe(cfg: config.Model, tokenizer: Tokenizer | None, folder: Path, weights: str) -> dict[str, Any]:
     mean, std = NORMALIZE[cfg.vision.normalize]
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": own_files.MODEL,
+        "version": own_files.VERSION,
         "made_by": f"unimed_jax {__version__}",
         "model": config.to_dict(cfg),
         "preprocess": {

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unimed_jax import config, config_rules
-from unimed_jax.convert import configs, openclip_config
+from unimed_jax import config
+from unimed_jax.convert import configs, openclip_config, own_files
 from unimed_jax.convert.mapped import shown
 from unimed_jax.data.text import FILES
 from unimed_jax.errors import DataError, UsageError
 
-_NATIVE = "unimed_jax.model"
 # The first file that is there is the folder's weights.
 _OPENCLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _HF_FILES = (
@@ -77,7 +76,7 @@ def beside_file(file: Path) -> Found:
     """
     folder = file.parent
     for names, read in (
-        (("model.safetensors",), _native_folder),
+        ((own_files.WEIGHTS,), _native_folder),
         (_OPENCLIP_FILES, _openclip_folder),
         (_HF_FILES, _hf_folder),
     ):
@@ -88,19 +87,12 @@ def beside_file(file: Path) -> Found:
 
 
 def _native_folder(folder: Path, path: Path) -> Found | None:
-    spec = configs.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if spec.get("format") != _NATIVE or not (folder / "model.safetensors").is_file():
+    file, weights = folder / own_files.CONFIG, folder / own_files.WEIGHTS
+    spec = configs.read_json(file) if file.is_file() else {}
+    if not own_files.is_own(spec) or not weights.is_file():
         return None
-    if spec.get("version") != 1:
-        raise DataError(
-            f"{folder} has version {shown(spec.get('version'))}, this program reads 1", "update it"
-        )
-    try:
-        m = config.from_dict(config.Model, spec.get("model", {}), where=f"{folder / 'config.json'}: model")
-        config_rules.validate_model(m)
-    except UsageError as e:  # the folder is wrong, not the request
-        raise DataError(e.cause, e.remedy or "restore the folder, or update the program") from e
-    return Found(path=path, weights=folder / "model.safetensors", model=m, tokenizer=_tokenizer(folder))
+    m = own_files.architecture(spec, folder)
+    return Found(path=path, weights=weights, model=m, tokenizer=_tokenizer(folder))
 
 
 def _openclip_folder(folder: Path, path: Path) -> Found | None:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from unimed_jax import config
-from unimed_jax.convert import architecture, optimizer, positions, source, tensor_file
+from unimed_jax.convert import architecture, optimizer, own_files, positions, source, tensor_file
 from unimed_jax.convert.configs import read_json
 from unimed_jax.convert.mapped import shown
 from unimed_jax.convert.names import plain, some
@@ -30,7 +30,6 @@ from unimed_jax.data.text import FILES, Tokenizer
 from unimed_jax.errors import DataError, UnimedError
 from unimed_jax.models import clip, zoo
 
-FORMAT = "unimed_jax.tower"
 # Weight files that belong to the tokenizer in their folder; a file by another name may lie there by chance.
 _FOLDER_FILES = re.compile(r".*\.safetensors|(open_clip_)?pytorch_model(-\d+-of-\d+)?\.bin|.*\.index\.json")
 # Settings that shapes do not show, but that change what the weights compute.
@@ -53,7 +52,7 @@ def save_tower(params: clip.Params, file: str | Path, meta: dict[str, Any] | Non
         DataError: when it cannot be written.
     """
     leaves = {k: np.asarray(v, np.float32) for k, v in sorted(clip.flatten(params).items())}
-    header = {"format": FORMAT, "version": "1", "meta": json.dumps(meta or {}, sort_keys=True)}
+    header = {"format": own_files.TOWER, "version": "1", "meta": json.dumps(meta or {}, sort_keys=True)}
     with files.swapped(Path(file)) as beside:
         write_safetensors(beside, {k: v.shape for k, v in leaves.items()}, leaves.items(), header)
 
@@ -65,7 +64,7 @@ def load_tower(file: str | Path) -> tuple[clip.Params, dict[str, Any]]:
         DataError: when the file is missing, cut short or of another format or version.
     """
     leaves, header = read_with_metadata(file)
-    if header.get("format") != FORMAT or header.get("version") != "1":
+    if header.get("format") != own_files.TOWER or header.get("version") != "1":
         raise DataError(
             f"{file} is no tower file (format {shown(header.get('format'))}, version {shown(header.get('version'))})",
             "convert it first: unimed-jax convert",
@@ -196,10 +195,10 @@ def _native_part(file: str, path: Path, parts: tuple[str, ...], m: config.Model)
     if not weights.is_file() or not source.is_safetensors(weights):
         return None
     settings = folder_settings(path) if path.is_dir() else {}
-    if settings.get("format", "unimed_jax.model") != "unimed_jax.model" or "model_type" in settings:
+    if settings and not own_files.is_own(settings):
         return None
     leaves = tensor_file.open_safetensors(weights)
-    if leaves.metadata.get("format") == FORMAT:
+    if leaves.metadata.get("format") == own_files.TOWER:
         params, meta = load_tower(weights)
         for tower in parts:
             _refuse_other_meaning(file, tower, meta.get(tower, {}), m)

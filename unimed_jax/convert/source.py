@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from unimed_jax import config, config_rules
-from unimed_jax.convert import architecture, configs, locate, mapping
+from unimed_jax.convert import architecture, configs, locate, mapping, own_files
 from unimed_jax.convert.architecture import SCALARS
 from unimed_jax.convert.mapped import Mapped, shown
 from unimed_jax.convert.mapping import Table
@@ -27,7 +27,6 @@ from unimed_jax.convert.torch_zip import TorchFile, open_torch
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 from unimed_jax.models import clip, zoo
 
-NATIVE_TOWER = "unimed_jax.tower"
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # of DDP and torch.compile, in any order
 # Below which key a training checkpoint holds the weights, and what else is known in one.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
@@ -194,7 +193,7 @@ def _open(found: locate.Found) -> tuple[dict[str, np.ndarray], Mapping[str, Any]
         _leave_out(found, mapped.left_out)
     elif is_safetensors(file):
         mapped = open_safetensors(file)
-        if mapped.metadata.get("format") == NATIVE_TOWER and mapped.metadata.get("version") == "1":
+        if mapped.metadata.get("format") == own_files.TOWER and mapped.metadata.get("version") == "1":
             meta = tower_meta(mapped.metadata, str(found.path))
             for tower in ("vision", "text"):
                 found.hints |= {f"{tower}.{k}": v for k, v in meta.get(tower, {}).items()}

@@ -38,6 +38,8 @@ def test_values_equal_scikit_learn(n, c, ties):
     assert m.values["auroc"].value == pytest.approx(expected, abs=1e-12)
     recalls = sk.recall_score(labels, predicted, average=None, labels=range(c))
     assert [m.recall[str(k)].value for k in range(c)] == pytest.approx(list(recalls))
+    areas = {str(k): sk.roc_auc_score(labels == k, scores[:, k]) for k in range(c)} if c > 2 else {}
+    assert {k: v.value for k, v in m.auroc.items()} == pytest.approx(areas)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -155,8 +157,10 @@ def test_intervals_do_not_depend_on_the_slab_size(monkeypatch):
     monkeypatch.setattr(tallies, "SLAB", 60 * 7)
     slabs = metrics.classification(scores, labels, "abc", groups, **options)
     assert all(v.low is not None for v in whole.values.values())
-    for name, v in (whole.values | whole.recall).items():
-        other = (slabs.values | slabs.recall)[name]
+    of_class = lambda m: m.recall | {f"auroc {k}": v for k, v in m.auroc.items()}
+    assert all(v.low < v.value < v.high for v in whole.auroc.values())
+    for name, v in (whole.values | of_class(whole)).items():
+        other = (slabs.values | of_class(slabs))[name]
         assert [v.low, v.high] == pytest.approx([other.low, other.high], rel=1e-12), name  # sums round apart
 
 
@@ -187,6 +191,16 @@ def test_a_class_without_records_is_named_and_left_out_of_the_mean():
     assert m.recall["c"].value is None
     assert m.notes == ["no records of: c"]
     assert m.support == {"a": 2, "b": 2, "c": 0}
+    assert m.auroc["a"].value == pytest.approx(0.75)
+    assert m.per_class()["auroc_per_class"]["c"] == {
+        "value": None, "low": None, "high": None, "reason": "no records of this class",
+    }  # fmt: skip
+
+
+def test_the_auroc_of_each_class_needs_a_rest_and_more_than_two_classes():
+    alone = metrics.classification(np.eye(3)[[0, 1]], np.array([0, 0]), "abc")
+    assert alone.auroc["a"].reason == "only this class occurs"
+    assert metrics.classification(np.eye(2), np.array([0, 1]), "ab").per_class() == {}
 
 
 def test_one_subject_has_no_interval():
@@ -229,7 +243,12 @@ def test_no_value_is_ever_nan():
         p = softmax(scores) if seed % 2 and n else None
         names = [str(k) for k in range(c)]
         m = metrics.classification(scores, labels, names, groups, probabilities=p, resamples=50)
-        for v in [*m.values.values(), *m.recall.values(), *([m.delong] if m.delong else [])]:
+        for v in [
+            *m.values.values(),
+            *m.recall.values(),
+            *m.auroc.values(),
+            *([m.delong] if m.delong else []),
+        ]:
             assert all(x is None or np.isfinite(x) for x in (v.value, v.low, v.high))
             assert v.value is not None or v.reason
 

@@ -131,7 +131,11 @@ def test_a_run_becomes_one_page(run):
         assert word in text, word
     assert page.tags.count("svg") == 1 + 5
     assert page.tags.count("img") == 2
-    values = results.read(run / "eval/step_20")["tasks"][0]["values"]
+    task = results.read(run / "eval/step_20")["tasks"][0]
+    liver = task["auroc_per_class"]["liver"]
+    assert f"{liver['value']:.3f} [{liver['low']:.3f}, {liver['high']:.3f}]" in text
+    assert "recall AUROC" in text
+    values = task["values"]
     for name in ("balanced_accuracy", "average_precision", "kappa", "f1"):
         assert f"{values[name]['value']:.3f} [{values[name]['low']:.3f}, {values[name]['high']:.3f}]" in text
     assert "the scores are no probabilities" in text

@@ -348,10 +348,13 @@ def test_results_are_complete_on_disk(found, tiny, tmp_path):
     value = task["values"]["balanced_accuracy"]
     assert value["low"] <= value["value"] <= value["high"]
     rows = list(csv.DictReader((folder / "results.csv").open()))
-    # ten metrics and the recall of six classes, each
-    assert [r["method"] for r in rows] == ["model"] * 16 + ["'=1-NN on pixels"] * 16
+    # ten metrics, the recall and the AUROC of six classes, each
+    assert [r["method"] for r in rows] == ["model"] * 22 + ["'=1-NN on pixels"] * 22
     assert [r["metric"] for r in rows[:10]] == list(metrics.ALL) == list(task["values"])
     assert rows[10]["metric"] == "recall: X-ray"
+    assert (rows[16]["metric"], rows[16]["chance"]) == ("auroc: X-ray", "0.5")
+    areas = [v["value"] for v in task["auroc_per_class"].values()]
+    assert np.mean(areas) == pytest.approx(task["values"]["auroc"]["value"])
     assert float(rows[1]["value"]) == pytest.approx(value["value"], abs=1e-5)
     assert [r["chance"] for r in rows[:5]] == ["0.166667", "0.166667", "0.5", "0.166667", ""]
     assert task["values"]["ece"]["value"] is not None

@@ -75,10 +75,17 @@ class Metrics:
     recall: dict[str, Value]
     confusion: Int[np.ndarray, "c c"]  # rows: true class, columns: predicted
     support: dict[str, int]
+    auroc: dict[str, Value] = field(
+        default_factory=dict
+    )  # each class against the rest; of more than two classes
     delong: Value | None = (
         None  # AUROC with DeLong's interval; None unless two classes and every subject is single
     )
     notes: list[str] = field(default_factory=list)
+
+    def per_class(self) -> dict[str, Any]:
+        """JSON-ready: `auroc_per_class`; nothing of two classes, where it would say the AUROC twice."""
+        return {"auroc_per_class": {k: v.json() for k, v in self.auroc.items()}} if self.auroc else {}
 
     def chance(self, metric: str) -> float | None:
         """What guessing reaches on these records; None where it depends on how one guesses."""
@@ -113,7 +120,7 @@ def classification(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Metrics:
-    """All metrics in `ALL` and the recall of each class, each with a 95 % percentile interval.
+    """All metrics in `ALL`, the recall of each class and, of three or more, its AUROC, each with a 95 % interval.
 
     Balanced accuracy is the mean recall over the classes that occur. AUROC and average precision rank two classes by
     the difference of their scores, class 1 being positive; of more classes they are the unweighted mean of one-vs-rest
@@ -171,6 +178,14 @@ def classification(
         },
         confusion=confusion,
         support=support,
+        auroc={
+            k: interval(
+                float(point[f"auroc/{i}"][0]),
+                boot.get(f"auroc/{i}"),
+                "only this class occurs" if support[k] else "no records of this class",
+            )
+            for i, k in enumerate(classes if len(classes) > 2 else ())
+        },
         delong=_delong(scores, labels) if single and min(support.values()) else None,
         notes=_notes(classes, confusion, resamples > 0 and subjects < 2),
     )

@@ -374,7 +374,7 @@ def _drawn(t: Mapping[str, Any], found: curves.Curves | None) -> dict[str, Any]:
 def _confusion(t: Mapping[str, Any]) -> dict[str, Any]:
     """The confusion matrix as a table; a large one as a picture, with the most frequent confusions in words."""
     if len(t["classes"]) <= LARGE:
-        return {"matrix": _matrix(t)}
+        return {"matrix": _matrix(t), "aurocs": bool(t.get("auroc_per_class"))}
     counts = np.array(t["confusion"], float)
     support = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(support, 1)
@@ -388,9 +388,8 @@ def _confusion(t: Mapping[str, Any]) -> dict[str, Any]:
             {"truth": names[i], "said": names[j], "n": int(counts[i, j]), "of": int(support[i, 0])}
             for i, j in pairs
         ],
-        "recalls": [
-            {"name": c, "n": int(support[i, 0]), "recall": t["recall"][c]} for i, c in enumerate(names)
-        ],
+        "recalls": [{"name": c, "n": int(support[i, 0]), **_of_class(t, c)} for i, c in enumerate(names)],
+        "aurocs": bool(t.get("auroc_per_class")),
     }
 
 
@@ -400,8 +399,13 @@ def _matrix(t: Mapping[str, Any]) -> list[dict[str, Any]]:
     for place, (name, row) in enumerate(zip(t["classes"], t["confusion"], strict=True), 1):
         total = sum(row)
         cells = [{"n": n, "share": n / total if total else 0.0} for n in row]
-        out.append({"name": name, "place": place, "n": total, "cells": cells, "recall": t["recall"][name]})
+        out.append({"name": name, "place": place, "n": total, "cells": cells, **_of_class(t, name)})
     return out
+
+
+def _of_class(t: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The figures of one class; results of two classes, and older ones, have no AUROC of each."""
+    return {"recall": t["recall"][name], "auroc": t.get("auroc_per_class", {}).get(name)}
 
 
 def _shown(e: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class TaskResult:
             "values": {k: v.json() for k, v in m.values.items()},
             **({"auroc_delong": m.delong.json()} if m.delong else {}),
             "recall": {k: v.json() for k, v in m.recall.items()},
+            **m.per_class(),
             "confusion": m.confusion.tolist(),
             "notes": m.notes,
             "references": {
@@ -144,12 +145,13 @@ class Results:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each metric of the model and of each reference, and for each class's recall."""
+        """One row for each metric of the model and of each reference, and for each class's recall and AUROC."""
         out = []
         for t in self.tasks:
             for method, m in {"model": t.metrics, **t.references}.items():
                 values = m.values | ({"auroc_delong": m.delong} if m.delong else {})
                 values |= {f"recall: {k}": v for k, v in m.recall.items()}
+                values |= {f"auroc: {k}": v for k, v in m.auroc.items()}
                 out += [self._row(t, method, m, metric, v) for metric, v in values.items()]
         return out + [row for t in self.findings for row in self._finding_rows(t)]
 
@@ -162,7 +164,7 @@ class Results:
     def _row(self, t: TaskResult, method: str, m: Metrics, metric: str, v: Value) -> dict[str, Any]:
         ours = method == "model"
         values = (t.task.name, method, metric, v.value, v.low, v.high, m.n, m.subjects)
-        chance = m.chance(metric.removesuffix("_delong"))
+        chance = m.chance("auroc" if metric.startswith("auroc") else metric)
         hashes = (t.task.digest if ours else "", self.model["sha256"] if ours else "", self.code["revision"])
         return dict(zip(_COLUMNS, (*values, chance, *hashes), strict=True))
 

@@ -3,6 +3,7 @@
 The files are those of `results`, so that reports and comparisons read them; results.json also holds
 
     datasets.<set>.metrics.<metric>.{value, low, high}   fractions, intervals by subject
+    datasets.<set>.auroc_per_class.<class>.{value, low, high}   one class against the rest, of three or more
     datasets.<set>.reference.<metric>                    percent, as the original computes it (--protocol reference)
     averages.<metric>.{overall, <modality>}              unweighted means over sets, {value, sets}
 """
@@ -19,7 +20,7 @@ from unimed_jax.data import files
 from unimed_jax.errors import DataError
 from unimed_jax.evaluate import results, suites
 from unimed_jax.evaluate.findings_results import FindingsResult
-from unimed_jax.evaluate.metrics import METRICS, Value
+from unimed_jax.evaluate.metrics import METRICS, Metrics, Value
 from unimed_jax.evaluate.results import Results, TaskResult
 
 OVERALL = "overall"
@@ -52,6 +53,7 @@ class SetResult:
             "subjects": m.subjects,
             "classes": list(s.classes),
             "metrics": {k: v.json() for k, v in m.values.items()},
+            **(m.per_class() if isinstance(m, Metrics) else {}),
             "prompts": {"sha256": self.task.task.digest, "from": self.prompts},
             "annotations_sha256": self.annotations,
             "bad": len(self.bad),

@@ -140,6 +140,8 @@ def weighted(p: Prepared, w: Float[np.ndarray, "r n"]) -> dict[str, Float[np.nda
     only = lambda x: np.where(several, x, np.nan)
     areas = np.stack([ranked(w, *r) for r in p.rankings], 2)  # [2, resamples, problems]
     out = {k: only(mean_defined(x)) for k, x in zip(("auroc", "average_precision"), areas, strict=True)}
+    if p.classes > 2:
+        out |= {f"auroc/{k}": areas[0][:, k] for k in range(p.classes)}
     return _of_table(counts, several) | out | _calibration(p, w, total)
 
 

@@ -17,7 +17,7 @@ from unimed_jax.data.export import export
 from unimed_jax.data.shards import Manifest, Shards, find_sources
 from unimed_jax.data.sources.medmnist import MedMnist
 from unimed_jax.errors import DataError
-from unimed_jax.evaluate import layouts, suites
+from unimed_jax.evaluate import layouts, multilabel, suites
 
 COUNTS = {"train": 23, "val": 7, "test": 9}
 
@@ -76,14 +76,15 @@ def test_every_picture_and_label_arrives(tmp_path, stem, size, compressed):
             row = arrays[f"{split}_labels"][i]
             classes = list(about.classes)
             if about.multilabel:
-                assert e.labels == tuple(f"finding:{c}" for c, v in zip(classes, row, strict=True) if v)
+                seen = [c for c, v in zip(classes, row, strict=True) if v] or ["no finding"]
+                assert e.labels == tuple(f"finding:{c}" for c in seen)
             else:
                 assert e.labels == (f"{name}:{classes[row[0]]}",)
             assert {c.kind for c in e.captions} == {"template"}
             assert len(e.captions) == 3
     if about.multilabel:
         blank = found[f"medmnist/{stem}/test/000000"]
-        assert blank.labels == ()
+        assert blank.labels == ("finding:no finding",)
         assert blank.captions[0].text == "A frontal chest X-ray showing no labelled finding."
 
 
@@ -176,6 +177,10 @@ def test_a_file_of_another_name(tmp_path):
     found = MedMnist(raw=tmp_path / "download.npz", set="breastmnist").items()
     assert found[0].labels == ("breastmnist:malignant",)
     assert len(found) == sum(COUNTS.values())
+
+
+def test_the_findings_are_those_of_the_evaluator():
+    assert list(multilabel.load("chest_findings").findings) == list(medmnist.SETS["chestmnist"].classes)
 
 
 def test_the_evaluator_knows_the_sets(tmp_path):

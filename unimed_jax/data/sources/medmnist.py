@@ -19,7 +19,7 @@ from unimed_jax.data.record import Caption, Example
 from unimed_jax.data.validate import Reject
 from unimed_jax.errors import DataError
 
-_NONE = "no finding"  # what a table of captions calls a picture without any
+_NONE = "no finding"  # of a picture without any: as tables of captions and the evaluator's tasks call it
 _open = threading.local()  # the array that this thread reads from: a shard's pictures lie side by side
 
 
@@ -156,7 +156,7 @@ def _said(
     chosen = values if not about.multilabel else [k for k, value in enumerate(values) if value]
     shown = [classes[k] for k in chosen]
     task = "finding" if about.multilabel else name
-    named = tuple(f"{task}:{c}" for c in shown)
+    named = tuple(f"{task}:{c}" for c in shown or [_NONE])
     if labelled is None:
         return tuple(Caption(text=t, kind="template") for t in medmnist.sentences(about, shown)), named
     found = label_captions.choose(labelled, about.modality, about.anatomy, shown or [_NONE], where)

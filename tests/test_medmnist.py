@@ -148,6 +148,7 @@ def damaged(file):
         ("pneumoniamnist", {"test_labels": np.zeros((9, 14), np.uint8)}, "test_labels are uint8"),
         ("pneumoniamnist", {"test_labels": np.zeros((9, 1))}, "test_labels are float64"),
         ("pneumoniamnist", {"train_images": np.zeros((23, 28, 28, 28), np.uint8)}, "pictures are uint8"),
+        ("pneumoniamnist", {"train_images": np.zeros((1, 9000, 9000), np.uint8)}, "pictures of 9000 x 9000"),
         ("pneumoniamnist", {"train_images": np.zeros((23, 28, 28), np.float32)}, "pictures are float32"),
         ("pneumoniamnist", {"train_labels": np.array([{}] * 23, object)[:, None]}, "cannot be read as .npz"),
     ],

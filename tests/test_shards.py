@@ -182,6 +182,7 @@ def test_tensorflow_datasets_reads_the_same(exported):
         for i, example in enumerate(ours):
             got = theirs[i]
             assert got["image"] == example.image
+            assert got["original_sha256"] == b""
             for name in ("key", "modality", "source", "patient", "split", "sha256", "image_format"):
                 assert got[name].decode() == getattr(example, name)
             assert (got["height"], got["width"]) == (example.height, example.width)

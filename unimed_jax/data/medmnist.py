@@ -21,6 +21,7 @@ from typing import IO
 import numpy as np
 from jaxtyping import Integer, UInt8
 
+from unimed_jax.data import limits
 from unimed_jax.errors import DataError, did_you_mean
 
 SPLITS = ("train", "val", "test")
@@ -282,6 +283,10 @@ def _unreadable(file: Path, e: Exception) -> DataError:
 
 def _check_pictures(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     if dtype == np.uint8 and (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3)):
+        if shape[1] * shape[2] > limits.MAX_IMAGE_PIXELS:
+            raise DataError(
+                f"{file}: pictures of {shape[1]} x {shape[2]} pixels", "no set of MedMNIST has such"
+            )
         return
     raise DataError(f"{file}: pictures are {dtype}{list(shape)}", "uint8 [n, h, w] or [n, h, w, 3]")
 

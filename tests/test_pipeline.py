@@ -545,6 +545,8 @@ def test_impossible_requests_are_refused(root, tokenizer, tmp_path):
             pipeline.make(c, tokenizer=tokenizer, process_count=count)
 
     refuse(UsageError, 'Did you mean "phantom"', sources=(config.Source(name="phantm"),))
+    both = (config.Source(name="phantom"), config.Source(name="other", path="phantom"))
+    refuse(UsageError, "sources phantom and other are the same records", sources=both)
     refuse(UsageError, "no caption policy", sources=(config.Source(name="phantom", captions="all"),))
     refuse(UsageError, "does not divide over 3", count=3)
     refuse(UsageError, "data.root is empty", root="")

@@ -71,6 +71,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 _NAME = 100  # characters of a model's name
+_WEIGHT = 1e6  # of a source
 
 
 def _require(ok: bool, cause: str, remedy: str = "") -> None:
@@ -194,6 +195,10 @@ def validate(c: config.Train) -> config.Train:
     for s in c.data.sources:
         _require(bool(s.name), "a source in data.sources has no name")
         _require(s.weight > 0, f"source {s.name} has weight {s.weight}", "leave it out instead")
+        _require(s.weight <= _WEIGHT, f"source {s.name} has weight {s.weight}", f"at most {_WEIGHT:g}")
+    names = [s.name for s in c.data.sources]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    _require(not twice, f"data.sources names {', '.join(twice)} twice", "raise its weight instead")
     for axis, n in (("data", c.mesh.data), ("fsdp", c.mesh.fsdp)):
         _require(n == -1 or n >= 1, f"mesh.{axis} is {n}", "-1 or at least 1")
     _require(c.mesh.data != -1 or c.mesh.fsdp != -1, "mesh.data and mesh.fsdp cannot both be -1")

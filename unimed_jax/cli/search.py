@@ -41,7 +41,7 @@ class Query:
 def _parser() -> Parser:
     parser = Parser(
         "unimed-jax search",
-        description="Exact nearest neighbours in what `unimed-jax embed` wrote; of many queries the index is read once.",
+        description="Exact nearest neighbours in what `unimed-jax embed` wrote; many queries read it once.",
     )
     parser.add_argument(
         "--index", required=True, metavar="EMB.parquet", help="a file, a folder or a pattern of files"

@@ -271,7 +271,8 @@ def test_show(phantom, tmp_path, capsys):
     assert "train" not in out
     assert "phantom-" not in out  # patients are not shown
     text = page.read_text()
-    assert text.count("<img") == text.count("data:image/png;base64,") == 4
+    assert text.count("<img") == text.count("data:image/jpeg;base64,") == 4
+    assert "<h1>Records</h1>" in text
     assert "http" not in text
     code, _, err = outcome(capsys, "show", phantom, "--source", "other")
     assert code == 3

@@ -335,46 +335,24 @@ def _show(args: argparse.Namespace) -> int:
         rows.append([e.key, e.split, e.modality, picture, ", ".join(e.labels), caption])
     _print_table(("key", "split", "modality", "picture", "labels", "caption"), rows)
     if args.html:
-        _write_html(Path(args.html), examples)
+        _write_html(args, examples)
         print(f"wrote {args.html}")
     return 0
 
 
-def _write_html(path: Path, examples: list[Example]) -> None:
+def _write_html(args: argparse.Namespace, examples: list[Example]) -> None:
     """A self-contained page: each picture, small, with everything said about it."""
-    import base64
-    import html
-    import io
+    from unimed_jax.data import images
+    from unimed_jax.evaluate import gallery
 
-    from PIL import Image
-
-    from unimed_jax.data import files, images
-
-    cells = []
+    figures = []
     for e in examples:
-        picture = Image.fromarray(images.decode(e.image, where=e.key))
-        picture.thumbnail((320, 320))
-        data = io.BytesIO()
-        picture.save(data, "PNG")
-        captions = "".join(
-            f"<li>{html.escape(c.text)} <small>{html.escape(c.kind)}</small></li>" for c in e.captions
-        )
-        cells.append(
-            f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
-            f"<figcaption><b>{html.escape(e.key)}</b> {html.escape(e.split)} {html.escape(e.modality)}<br>"
-            f"{html.escape(', '.join(e.labels))}<ul>{captions}</ul></figcaption></figure>"
-        )
-    style = (
-        "body{font:15px sans-serif;margin:2em;display:flex;flex-wrap:wrap;gap:1.5em}figure{margin:0;width:340px}"
-        "img{max-width:100%;background:#000}small{color:#777}ul{padding-left:1.2em}"
-    )
-    page = (
-        f'<!doctype html><meta charset="utf-8"><title>Records</title><style>{style}</style>{"".join(cells)}\n'
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, page)
-    except OSError as e:
-        raise DataError(
-            f"cannot write {path} ({e.strerror})", "give a file in a folder that can be written"
-        ) from e
+        about = (e.split, e.modality, ", ".join(e.labels), "simulated" * e.simulated)
+        below = "\n".join([e.key, *filter(None, about)])
+        captions = "\n".join(f"{c.text} ({c.kind})" for c in e.captions)
+        picture = gallery.thumbnail(images.decode(e.image, where=e.key))
+        figures.append(([(picture, below)], captions))
+    chosen = {"records": args.root, "source": args.source, "split": args.split, "shown": str(len(examples))}
+    facts = {k: v for k, v in chosen.items() if v}
+    note = "research use only, not a medical device"
+    gallery.write(args.html, gallery.page("Records", facts, [("", figures)], note))

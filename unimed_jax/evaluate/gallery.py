@@ -19,13 +19,15 @@ _STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:1100px;padding:0 1rem}
 section{display:flex;flex-wrap:wrap;gap:1rem}
-figure{margin:0;padding:.6rem;border:1px solid #8885;border-radius:6px;max-width:100%;box-sizing:border-box}
+figure{margin:0;padding:.6rem;border:1px solid #8885;border-radius:6px;box-sizing:border-box}
+figure{width:min-content;max-width:100%}
 figure div{display:flex;gap:.4rem}
 figure span{width:224px;min-width:0}
 img{display:block;max-width:100%;background:#000}
 i{display:block;height:120px;background:#8883;padding:.5rem;font-style:normal;box-sizing:border-box}
 figcaption,small{overflow-wrap:anywhere}
 small{display:block;opacity:.75}
+small,figcaption{white-space:pre-line}
 dt{font-weight:600;float:left;clear:left;margin-right:.6rem}
 dd{margin:0 0 .2rem}
 """

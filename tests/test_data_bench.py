@@ -79,7 +79,7 @@ def test_the_best_of_several_rounds_counts():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--rounds", 0], "--rounds must be at least 1"),
+        (["--rounds", 0], "--rounds and --threads must be at least 1"),
         (["--rate", -1], "--rate at least 0"),
         (["--split", "tset"], 'did you mean "test"'),
         (["--tokenizer", "none.json"], "none.json"),

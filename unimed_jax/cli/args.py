@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from unimed_jax.errors import UsageError, did_you_mean
@@ -73,6 +74,15 @@ class Parser(argparse.ArgumentParser):
     def _all_parsers(self) -> list[argparse.ArgumentParser]:
         subs = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         return [self, *(p for a in subs for p in a.choices.values())]
+
+
+def reader_threads() -> int:
+    """How many threads read and decode pictures unless told otherwise: one a core that this process may use.
+
+    More than 32 wait for Python's lock more than they decode.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 32)
 
 
 def _dashes(arg: str) -> str:

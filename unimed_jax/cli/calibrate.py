@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unimed_jax.cli.args import Parser
+from unimed_jax.cli.args import Parser, reader_threads
 from unimed_jax.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _parser() -> Parser:
     add("--label", default="label", metavar="COLUMN", help="of the CSV: the class")
     add("--batch-size", type=int, default=32, help="pictures at once")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    add("--threads", type=int, default=4, help="pictures decoded in parallel")
+    add("--threads", type=int, default=reader_threads(), help="pictures decoded in parallel")
     return parser
 
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from unimed_jax.cli.args import reader_threads
 from unimed_jax.errors import UsageError
 
 
@@ -23,7 +24,7 @@ def add_parser(verbs: Any) -> None:
     add("root", help="folder with sources, or of one source")
     add("--split", default="train", help="of the records")
     add("--size", type=int, default=224, help="pixels of a side of the training picture")
-    add("--threads", type=int, default=0, help="reader threads; default: one a core")
+    add("--threads", type=int, default=reader_threads(), help="reader threads")
     add("--workers", type=int, default=0, help="reader processes, measured beside the threads")
     add("--images", type=int, default=256, help="pictures a round")
     add("--rounds", type=int, default=3, help="the best of them counts")
@@ -43,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
     from unimed_jax import config
     from unimed_jax.data import bench, shards, text
 
-    if min(args.size, args.images, args.rounds) < 1 or min(args.threads, args.workers, args.rate) < 0:
+    if min(args.size, args.images, args.rounds, args.threads) < 1 or min(args.workers, args.rate) < 0:
         raise UsageError(
-            "--size, --images and --rounds must be at least 1, --threads, --workers and --rate at least 0"
+            "--size, --images, --rounds and --threads must be at least 1, --workers and --rate at least 0"
         )
     shards.find_sources(args.root)
     words = Path(args.tokenizer or args.root)
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         text.load_tokenizer(words),
         n=args.images,
         rounds=args.rounds,
-        threads=args.threads or _cores(),
+        threads=args.threads,
         workers=args.workers,
         rate=args.rate,
     )

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unimed_jax.cli.args import Parser, add_picture_arguments, picture_options
+from unimed_jax.cli.args import Parser, add_picture_arguments, picture_options, reader_threads
 from unimed_jax.errors import SomeInputsFailed, UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation"
     )
-    parser.add_argument("--threads", type=int, default=4, help="files read in parallel")
+    parser.add_argument("--threads", type=int, default=reader_threads(), help="files read in parallel")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
     parser.add_argument(
         "--force", action="store_true", help="replace an existing file, drop other unfinished work"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unimed_jax.cli.args import Parser
+from unimed_jax.cli.args import Parser, reader_threads
 from unimed_jax.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation"
     )
-    parser.add_argument("--threads", type=int, default=4, help="pictures decoded in parallel")
+    parser.add_argument("--threads", type=int, default=reader_threads(), help="pictures decoded in parallel")
     parser.add_argument("--json", action="store_true", help="print results.json instead of the table")
     parser.add_argument("--force", action="store_true", help="replace existing results")
     suite.add_arguments(parser)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -324,6 +325,10 @@ def test_pictures_that_cannot_be_read_are_listed(sets, tmp_path):
     assert len((tmp_path / "o.csv").read_text().splitlines()) == 4
     with pytest.raises(DataError, match="there again"):
         run(a, b, "--fail")
+    os.mkfifo(b / "pipe")  # is not waited for
+    (b / "endless.dcm").symlink_to("/dev/zero")
+    with pytest.raises(SomeInputsFailed, match="3 pictures or sets could not be read"):
+        run(a, b)
     (tmp_path / "worse").mkdir()
     (tmp_path / "worse" / "x.png").write_text("text")
     with pytest.raises(DataError, match=r"no picture of .* can be read"):
@@ -341,6 +346,9 @@ def test_pictures_that_cannot_be_read_are_listed(sets, tmp_path):
         (["A", "B", "--slices", "first"], "middle, all or every:N"),
         (["A", "B", "--out", "there.csv"], "exists"),
         (["A", "B", "--out", ".", "--force"], "is a folder"),
+        (["A", "B", "--out", "new.csv", "--html", "./new.csv"], "the same name"),
+        (["A", "B", "--out", "test/new.png", "--force"], "is read, and an output has its name"),
+        (["A", "--html", "train/0.png", "--force"], "is read, and an output has its name"),
     ],
 )
 def test_wrong_requests_are_refused(sets, tmp_path, monkeypatch, args, words):

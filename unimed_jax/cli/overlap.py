@@ -78,12 +78,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--suite and --data-root belong together", "give both, or B")
     beside = Path(args.out)
     errors = beside.with_name(f"{beside.stem}.errors.csv") if beside.name else None
-    for path in filter(None, (args.out, errors, args.html)):
-        if Path(path).is_dir():
+    outputs = [Path(p) for p in (args.out, errors, args.html) if p]
+    if len(set(map(Path.absolute, outputs))) < len(outputs):
+        raise UsageError("--out and --html have the same name", "two files, two names")
+    for path in outputs:
+        if path.is_dir():
             raise UsageError(f"{path} is a folder", "give a file name")
-        if Path(path).exists() and not args.force:
+        if path.exists() and not args.force:
             raise UsageError(f"{path} exists", "choose another name, or --force to replace it")
     a, b, failed = _open(args)
+
+    from unimed_jax.data import files
+
+    files.refuse_sources(outputs, [*a.sources(), *(b.sources() if b else ())])
 
     from unimed_jax.cli.progress import Progress
     from unimed_jax.evaluate import overlap

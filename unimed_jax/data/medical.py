@@ -93,6 +93,8 @@ def frames(
     path, slices = Path(path), slices or Slices()
     try:
         size = path.stat().st_size
+        if not path.is_file():  # a pipe or device may never end
+            raise DataError(f"{path.name}: is no file")
         with path.open("rb") as f:
             head = f.read(352)
     except (OSError, ValueError) as e:  # ValueError: a name with a zero byte

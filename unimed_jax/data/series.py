@@ -110,6 +110,8 @@ def _order(members: Sequence[tuple[int, Any]]) -> list[int] | None:
 def _head(path: Path) -> bytes:
     """The beginning of a DICOM file; empty for anything else."""
     try:
+        if not path.is_file():  # a pipe or device may never end
+            return b""
         with path.open("rb") as f:
             head = f.read(132)
             return head + f.read(_HEAD - len(head)) if medical.is_dicom(path, head) else b""

@@ -82,6 +82,10 @@ class Inputs(Protocol):
         """A digest that changes when the inputs do, found without reading them."""
         ...
 
+    def sources(self) -> list[Path]:
+        """The files that are read, which no output may replace."""
+        ...
+
 
 class Files:
     """What `unimed-jax predict` takes: files, folders, CSV lists; slices of a series as a volume, slides as tiles.
@@ -116,6 +120,10 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def sources(self) -> list[Path]:
+        """All files that were found."""
+        return [f for i in self.inputs for f in i.files]
 
     def title(self, number: int) -> str:
         """The path as it was given, of a volume that of its first slice."""
@@ -199,6 +207,10 @@ class Records:
     def __len__(self) -> int:
         return len(self._pool)
 
+    def sources(self) -> list[Path]:
+        """None: shards have names of their own."""
+        return []
+
     def title(self, number: int) -> str:
         """The number of the record: its key may be what cannot be read."""
         return f"record {number} of {self.name}"
@@ -247,6 +259,10 @@ class SuiteSets:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def sources(self) -> list[Path]:
+        """The pictures of all sets."""
+        return [row.path for _, row in self._rows]
 
     def title(self, number: int) -> str:
         """The set and the picture's name in it."""

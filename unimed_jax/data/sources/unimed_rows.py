@@ -50,9 +50,9 @@ def openi(paths: Sequence[Path]) -> Iterator[Row]:
         )
     for i, (report, rewritten) in enumerate(zip(reports, rewrites, strict=True)):
         where = f"{paths[0].name} entry {i}"
-        report = report if isinstance(report, dict) else {}
-        rewritten = rewritten if isinstance(rewritten, list) else [None]
-        name, texts = report.get("image_id"), [report.get("caption"), *rewritten]
+        entry: dict[str, Any] = report if isinstance(report, dict) else {}
+        more: list[Any] = rewritten if isinstance(rewritten, list) else [None]
+        name, texts = entry.get("image_id"), [entry.get("caption"), *more]
         if not all(isinstance(x, str) for x in (name, *texts)):
             yield Row("", fault="it has no image_id, caption or list of rewrites", where=where)
         else:

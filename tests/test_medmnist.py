@@ -173,6 +173,44 @@ def test_damage_is_found_before_anything_is_written(tmp_path, compressed):
         MedMnist(raw=tmp_path / "nothing").items()
 
 
+def test_no_damage_is_anything_but_a_refusal(tmp_path):
+    """Bytes changed at random, half of them in the directory at the end; what still opens is whole."""
+    rng, file, outcomes = np.random.default_rng(0), tmp_path / "pneumoniamnist.npz", set()
+    write(file, "pneumoniamnist")
+    whole = file.read_bytes()
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            at = rng.integers(len(data)) if rng.random() < 0.5 else -1 - rng.integers(900)
+            data[at] = rng.integers(256)
+        file.write_bytes(data)
+        source = MedMnist(raw=file)
+        try:
+            shown = [len(source.example(row).image) for row in source.items()]
+            outcomes.add(len(shown))
+        except DataError as e:
+            assert "\n" not in e.line()  # noqa: PT017
+            outcomes.add("refused")
+    assert outcomes <= {"refused", sum(COUNTS.values())}
+
+
+def test_an_encrypted_file_and_a_header_that_is_no_literal(tmp_path):
+    file = tmp_path / "pneumoniamnist.npz"
+    write(file, "pneumoniamnist", compressed=False)
+    data = file.read_bytes()
+    for place in (b"PK\x03\x04", b"PK\x01\x02"):
+        offset = 6 if place == b"PK\x03\x04" else 8
+        at = data.index(place) + offset
+        data = data[:at] + bytes([data[at] | 1]) + data[at + 1 :]
+    file.write_bytes(data)
+    with pytest.raises(DataError, match="cannot be read as"):
+        MedMnist(raw=file).items()
+    write(file, "pneumoniamnist", compressed=False)
+    file.write_bytes(file.read_bytes().replace(b"{'descr'", b"(('descr'"))
+    with pytest.raises(DataError, match="cannot be read as"):
+        MedMnist(raw=file).items()
+
+
 def test_a_file_of_another_name(tmp_path):
     write(tmp_path / "download.npz", "breastmnist")
     found = MedMnist(raw=tmp_path / "download.npz", set="breastmnist").items()

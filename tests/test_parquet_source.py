@@ -182,9 +182,11 @@ def test_a_damaged_row_group_is_listed_and_the_others_are_kept(tmp_path):
     manifest = export(Parquet(raw=file), tmp_path / "out", shards=3, max_bad=1)
     assert manifest.rejects == {"unreadable": 5}
     assert {int(k[-7:]) for k in records(tmp_path / "out")} == set(range(20)) - set(range(10, 15))
-    file.write_bytes(data[:-100])
-    with pytest.raises(DataError, match="cannot be read as Parquet"):
-        Parquet(raw=file).items()
+    whole = bytes(data)
+    for damaged in (whole[:-100], whole.replace(b"patient", b"\x80atient")):  # names are UTF-8
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match="cannot be read as Parquet"):
+            Parquet(raw=file).items()
 
 
 def test_captions_by_label(tmp_path):

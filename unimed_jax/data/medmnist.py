@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -274,7 +275,11 @@ def load(file: Path, split: str) -> tuple[UInt8[np.ndarray, "n ..."], np.ndarray
     return pictures, labels
 
 
-_ERRORS = (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, MemoryError, NotImplementedError)
+# What zipfile, zlib and numpy raise for damaged files: encrypted members, unknown methods, headers that are no literal.
+_ERRORS = (
+    *(OSError, ValueError, EOFError, MemoryError, RuntimeError, SyntaxError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 def _unreadable(file: Path, e: Exception) -> DataError:
@@ -342,10 +347,11 @@ class Pictures:
         split: train, val or test.
 
     Raises:
-        DataError: for a file that cannot be read.
+        DataError: for a file that cannot be read; indexing raises it, too, and EOFError beyond the end.
     """
 
     def __init__(self, file: Path, split: str):
+        self._file = file
         self._context = _member(file, f"{split}_images")
         self._stream, shape, _ = self._context.__enter__()
         self._shape = shape[1:]
@@ -353,8 +359,11 @@ class Pictures:
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "..."]:
         size = math.prod(self._shape)
-        self._stream.seek(self._begin + index * size)
-        data = self._stream.read(size)
+        try:
+            self._stream.seek(self._begin + index * size)
+            data = self._stream.read(size)
+        except _ERRORS as e:
+            raise _unreadable(self._file, e) from e
         if len(data) != size:
             raise EOFError("the array ends before this picture")
         return np.frombuffer(data, np.uint8).reshape(self._shape)

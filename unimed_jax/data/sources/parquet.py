@@ -215,7 +215,7 @@ class Parquet:
                         made=made,
                     )
                     number += 1
-        except (pa.ArrowException, OSError) as e:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
             raise DataError(
                 f"{file} cannot be read as Parquet ({type(e).__name__})", "download it again"
             ) from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ def literal_paths(*columns: int) -> Callable[[Sequence[Path]], Iterator[Row]]:
             path = annotation_files.texts(cells[0], "the path")[0]
         except (Reject, IndexError) as e:
             return Row("", fault=getattr(e, "detail", "") or "it names no picture", where=where)
-        return Row(path, tuple(cells[1:]), where=where)
+        # All rows of a class have the same captions, which are kept once.
+        return Row(path, tuple(map(sys.intern, cells[1:])), where=where)
 
     return lambda paths: annotation_files.csv_rows(paths[0], (0, *columns), row)
 

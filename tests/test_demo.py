@@ -23,7 +23,7 @@ from unimed_jax import demo, infer, saliency
 from unimed_jax.cli import demo as verb
 from unimed_jax.data import images
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import calibration, tasks
+from unimed_jax.evaluate import calibration, multilabel, tasks
 
 LABELS = "chest\nhead"
 TASK = tasks.from_labels(["chest", "head"])
@@ -119,6 +119,32 @@ def test_calibrated_scores_say_so_and_only_for_their_question(model, picture):
     np.testing.assert_allclose(sorted(other.scores.values()), sorted(plain), atol=1e-6)
 
 
+def test_findings_do_not_exclude_each_other(model, picture):
+    task = multilabel.from_labels(["chest", "head", "left"])
+    found = demo.Desk(model).answer(picture, task)
+    z = model.encode_image([picture])
+    bank = dict(zip(task.prompts, model.encode_text(task.prompts), strict=True))
+    margins = multilabel.margins(task, z, bank, model.logit_scale)[0]
+    np.testing.assert_allclose(list(found.scores.values()), multilabel.probability(margins), atol=1e-6)
+    there = [k for k, m in zip(task.findings, margins, strict=True) if m >= 0]
+    words = f"Found: {', '.join(there)}" if there else "No finding reaches its threshold"
+    assert found.line == f"Image. {words}. Scores are not calibrated probabilities."
+    assert found.overlay is not None
+    cuts = {(there or ["chest"])[0]: {"scale": 2.0, "offset": 0.5, "threshold": 0.0}}
+    fitted = calibration.Platt(
+        name="f", prompts_sha256=task.digest, findings=cuts, left={}, n=40, subjects=20
+    )
+    desk = demo.Desk(model, calibration.Calibration(model=model.about, tasks=(fitted,)))
+    again = desk.answer(picture, task, method="")
+    first = next(iter(cuts))
+    assert again.scores[first] == pytest.approx(
+        multilabel.probability(2 * margins[list(task.findings).index(first)] + 0.5), abs=1e-5
+    )
+    assert f"Found: {first}" in again.line
+    assert "findings calibrated" in again.line
+    assert "does not know this question" in desk.answer(picture, TASK, method="").line
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n1234"], ids=["empty", "text", "cut"])
 def test_bad_files_are_refused_without_their_name(model, tmp_path, content):
     path = tmp_path / "DOE^JANE.png"
@@ -131,6 +157,8 @@ def test_bad_files_are_refused_without_their_name(model, tmp_path, content):
 def test_questions():
     assert list(demo.question(demo.OWN, " a, b\n\nc,", "xray").classes) == ["a", "b", "c"]
     assert demo.question("modality", "ignored", "").name == "modality"
+    assert demo.question("chest_findings", "", "").name == "chest_findings"
+    assert list(demo.question(demo.OWN, "mass", "ct", several=True).findings) == ["mass"]
     for labels, words in (
         ("one", "at least two"),
         ("a,a", "given twice"),
@@ -146,6 +174,7 @@ def test_questions():
         ({"port": "70000"}, "0 to 65535"),
         ({"labels": "one"}, "at least two"),
         ({"task": "modalty"}, "Did you mean"),
+        ({"task": "modality", "multilabel": ""}, "--multilabel belongs to --labels"),
         ({"calibration": "none.json"}, "no calibration"),
         ({"model": "none"}, "none"),
     ],
@@ -154,7 +183,7 @@ def test_wrong_flags_are_refused_before_the_page(flags, words, monkeypatch):
     monkeypatch.setattr(demo, "require", lambda: None)
     monkeypatch.setattr(demo, "serve", lambda *_, **__: pytest.fail("served"))
     with pytest.raises((UsageError, DataError), match=words):
-        verb.run([x for k, v in ({"model": "m"} | flags).items() for x in (f"--{k}", v)])
+        verb.run([x for k, v in ({"model": "m"} | flags).items() for x in (f"--{k}", v) if x])
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch):
@@ -235,12 +264,19 @@ def client(served, tmp_path_factory):
 
 
 def ask(
-    client, path: Path | None, classes=demo.OWN, labels=LABELS, modality="", window="", method="attention"
+    client,
+    path: Path | None,
+    classes=demo.OWN,
+    labels=LABELS,
+    several=False,
+    modality="",
+    window="",
+    method="attention",
 ):
     from gradio_client import handle_file
 
     file = handle_file(str(path)) if path else None
-    return client.predict(file, classes, labels, modality, window, method, api_name="/score")
+    return client.predict(file, classes, labels, several, modality, window, method, api_name="/score")
 
 
 def test_scores_over_http(served, client, model, picture):
@@ -259,6 +295,17 @@ def test_tasks_and_no_saliency_over_http(client, picture):
     scores, _, overlay, _ = ask(client, picture, classes="modality", labels="", method="")
     assert {c["label"] for c in scores["confidences"]} == set(tasks.load("modality").classes)
     assert overlay is None
+
+
+def test_findings_over_http(client, model, picture):
+    found = demo.Desk(model).answer(picture, multilabel.from_labels(["chest", "head"]))
+    scores, _, overlay, line = ask(client, picture, several=True)
+    assert found.line in line
+    assert overlay is not None
+    got = {c["label"]: c["confidence"] for c in scores["confidences"]}
+    assert got == pytest.approx(found.scores, abs=1e-5)
+    line = ask(client, picture, classes="chest_findings", labels="")[3]
+    assert "Found: " in line or "No finding reaches" in line
 
 
 def test_bad_requests_get_one_line(client, picture, tmp_path):
@@ -320,6 +367,11 @@ def test_in_a_browser(served, picture, tmp_path):
             "not calibrated",
         ):
             assert words in text
+        browser.js("document.querySelector('input[type=checkbox]').click()")
+        browser.js(
+            "[...document.querySelectorAll('button')].find(b => b.textContent.trim() == 'Score').click()"
+        )
+        browser.wait("/Found: |No finding reaches/.test(document.querySelector('.uj-line').innerText)")
         for width in (1280, 390):  # a phone's, too
             browser.resize(width, 900)
             browser.wait(f"document.documentElement.scrollWidth <= {width}")

@@ -27,7 +27,9 @@ from PIL import Image
 from unimed_jax import __version__, saliency
 from unimed_jax.data import images, limits, medical, windows
 from unimed_jax.errors import DataError, UnimedError, UsageError
-from unimed_jax.evaluate import calibration, results, tasks
+from unimed_jax.evaluate import calibration, multilabel, results, tasks
+from unimed_jax.evaluate import question as questions
+from unimed_jax.evaluate.multilabel import Findings
 from unimed_jax.infer import Loaded
 
 HOST = "127.0.0.1"
@@ -63,8 +65,8 @@ _CSS = """
 class Answer:
     """What the page shows of one picture."""
 
-    scores: dict[str, float]  # class -> share, in the order of the classes
-    line: str  # what the picture is, and whether its scores are calibrated
+    scores: dict[str, float]  # class -> share, or finding -> probability, in their order
+    line: str  # what the picture is, which findings it has, and whether its scores are calibrated
     picture: UInt8[np.ndarray, "h w 3"]
     overlay: UInt8[np.ndarray, "h w 3"] | None
 
@@ -79,16 +81,16 @@ class Desk:
 
     def __init__(self, model: Loaded, calibrated: calibration.Calibration | None = None):
         self.model, self.calibrated = model, calibrated
-        self._bank: tuple[str, np.ndarray] = ("", np.zeros((0, 0), np.float32))
+        self._last: tuple[str, questions.Question, str] | None = None
 
     def answer(
-        self, path: str | Path, task: tasks.Task, *, window: str = "", method: str = "attention"
+        self, path: str | Path, task: tasks.Task | Findings, *, window: str = "", method: str = "attention"
     ) -> Answer:
         """Scores the middle picture of a file.
 
         Args:
             path: DICOM, NIfTI or an image.
-            task: its classes and prompts.
+            task: classes, or findings that do not exclude each other, with their prompts.
             window: see `windows.parse_window`.
             method: a key of `saliency.METHODS`, or nothing.
 
@@ -102,36 +104,38 @@ class Desk:
             square, picture = found.square(self.model.image_size), _shown(found)
         except DataError as e:
             raise DataError(e.cause.replace(path.name, "this file"), e.remedy) from None
+        asked, how = self._asked(task)
         z = self.model.encode_image(square[None])
-        bank = self._embedded(task)
-        logits = self.model.logit_scale * (z.astype(np.float64) @ bank.T)
-        logs = logits - logits.max(1, keepdims=True)
-        logs -= np.log(np.exp(logs).sum(1, keepdims=True))
-        logs, how = self._calibrate(task, logs)
+        p = asked.scores(z).p[0]
         over = None
         if method:
-            heat = saliency.maps(self.model, square[None], saliency.directions(z, bank), method)[0]
+            heat = saliency.maps(self.model, square[None], asked.toward(z), method)[0]
             over = saliency.overlay(picture, *saliency.place(heat, *picture.shape[:2]))
-        scores = dict(zip(task.classes, np.exp(logs[0]).tolist(), strict=True))
-        return Answer(scores=scores, line=f"{_described(found)}. {how}", picture=picture, overlay=over)
+        scores = dict(zip(asked.names, p.tolist(), strict=True))
+        words = [_described(found), *([_present(asked.found(p))] if isinstance(task, Findings) else []), how]
+        return Answer(scores=scores, line=" ".join(f"{w}." for w in words), picture=picture, overlay=over)
 
-    def _embedded(self, task: tasks.Task) -> np.ndarray:
-        digest, bank = self._bank
-        if digest != task.digest:
-            bank = self.model.text_bank(task.classes)
-            self._bank = (task.digest, bank)
-        return bank
+    def _asked(self, task: tasks.Task | Findings) -> tuple[questions.Question, str]:
+        """The question with its calibration, if there is one, and in words whether there is."""
+        if self._last is None or self._last[0] != task.digest:
+            how = "Scores are not calibrated probabilities"
+            try:
+                asked = questions.ask(self.model, task, self.calibrated)
+            except UsageError:
+                if self.calibrated is None:
+                    raise
+                asked = questions.ask(self.model, task)
+                how = "Scores are not calibrated: the calibration file does not know this question"
+            self._last = (
+                task.digest,
+                asked,
+                f"Scores are calibrated: {asked.fit.text()}" if asked.fit else how,
+            )
+        return self._last[1:]
 
-    def _calibrate(self, task: tasks.Task, logs: np.ndarray) -> tuple[np.ndarray, str]:
-        if self.calibrated is None:
-            return logs, "Scores are not calibrated probabilities."
-        try:
-            found = self.calibrated.for_task(task.name, task.digest, self.model.about)
-        except UsageError:
-            found = None
-        if not isinstance(found, calibration.Temperature):
-            return logs, "Scores are not calibrated: the calibration file does not know this question."
-        return found.apply(logs), f"Scores are calibrated: {found.text()}."
+
+def _present(found: Sequence[str]) -> str:
+    return f"Found: {', '.join(found)}" if found else "No finding reaches its threshold"
 
 
 def _shown(found: medical.Picture) -> UInt8[np.ndarray, "h w 3"]:
@@ -153,13 +157,14 @@ def _described(p: medical.Picture) -> str:
     return text[:1].upper() + text[1:]
 
 
-def question(classes: str, labels: str, modality: str) -> tasks.Task:
+def question(classes: str, labels: str, modality: str, several: bool = False) -> tasks.Task | Findings:
     """The task that the page's fields ask for.
 
     Args:
         classes: `OWN`, or a built-in task.
         labels: class names, one a line or separated by commas.
         modality: named in the sentences that are made of them.
+        several: whether they are findings that do not exclude each other.
 
     Raises:
         UsageError: for fewer than two labels, repeated ones, or too many.
@@ -167,39 +172,50 @@ def question(classes: str, labels: str, modality: str) -> tasks.Task:
     Example:
         >>> list(question(OWN, "pneumonia, no finding", "").classes)
         ['pneumonia', 'no finding']
+        >>> question(OWN, "edema", "xray", several=True).findings["edema"].negative[0]
+        'a chest or skeletal X-ray image without edema'
     """
     if classes != OWN:
-        return tasks.load(classes)
+        return multilabel.either(classes)
     words = [w.strip() for line in labels.splitlines() for w in line.split(",")]
     words = [w for w in words if w]
     if len(words) > _MAX_LABELS:
         raise UsageError(f"{len(words)} labels are too many", f"at most {_MAX_LABELS}")
-    return tasks.from_labels(words, modality=modality)
+    return (multilabel.from_labels if several else tasks.from_labels)(words, modality=modality)
 
 
-def build(desk: Desk, *, labels: Sequence[str] = ("normal", "abnormal"), task: str = "") -> Any:
+def build(
+    desk: Desk, *, labels: Sequence[str] = ("normal", "abnormal"), task: str = "", several: bool = False
+) -> Any:
     """The page, as gradio.Blocks.
 
     Args:
         desk: what answers.
         labels: class names that stand on the page at first.
         task: a built-in task that is chosen at first.
+        several: whether the labels do not exclude each other.
 
     Raises:
         DataError: without gradio.
         UsageError: for an unknown task.
     """
     gr = _gradio()
-    first = tasks.load(task).name if task else OWN
-    own = lambda classes: [gr.update(visible=classes == OWN)] * 2
+    first = multilabel.either(task).name if task else OWN
+    # Of findings none is the answer: the line below says which are there.
+    one = lambda classes, several: not (several if classes == OWN else classes in multilabel.names())
+    fields = lambda classes, several: [
+        *[gr.update(visible=classes == OWN)] * 3,
+        gr.update(show_heading=one(classes, several), value=None),
+    ]
 
     def score(
-        path: str | None, classes: str, words: str, modality: str, window: str, method: str
+        path: str | None, classes: str, words: str, several: bool, modality: str, window: str, method: str
     ) -> list[Any]:
         try:
             if not path:
                 raise UsageError("there is no picture yet", "choose a file")
-            found = desk.answer(path, question(classes, words, modality), window=window, method=method)
+            task = question(classes, words, modality, several)
+            found = desk.answer(path, task, window=window, method=method)
         except UnimedError as e:
             return [None, None, None, _line(e.line(), bad=True)]
         except Exception as e:  # its text may quote the file
@@ -216,9 +232,14 @@ def build(desk: Desk, *, labels: Sequence[str] = ("normal", "abnormal"), task: s
         with gr.Row():
             with gr.Column(min_width=300):
                 file = gr.File(label="Picture, DICOM or NIfTI file", type="filepath", height=160)
-                classes = gr.Dropdown([OWN, *tasks.names()], value=first, label="Classes")
+                classes = gr.Dropdown(
+                    [OWN, *tasks.names(), *multilabel.names()], value=first, label="Classes"
+                )
                 words = gr.Textbox(
                     "\n".join(labels), label="Labels, one a line", lines=3, visible=first == OWN
+                )
+                checked = gr.Checkbox(
+                    several, label="Findings that do not exclude each other", visible=first == OWN
                 )
                 modality = gr.Dropdown(
                     [("not named", ""), *((m, m) for m in _modalities())],
@@ -235,7 +256,7 @@ def build(desk: Desk, *, labels: Sequence[str] = ("normal", "abnormal"), task: s
                 button = gr.Button("Score", variant="primary")
             with gr.Column(min_width=300, scale=2):
                 line = gr.HTML()
-                scores = gr.Label(label="Scores", num_top_classes=10)
+                scores = gr.Label(label="Scores", num_top_classes=10, show_heading=one(first, several))
                 plain: dict[str, Any] = {
                     "format": "png",
                     "interactive": False,
@@ -247,12 +268,15 @@ def build(desk: Desk, *, labels: Sequence[str] = ("normal", "abnormal"), task: s
                         gr.HTML("<p class='uj-soft'>Picture</p>")
                         picture = gr.Image(label="Picture", **plain)
                     with gr.Column(min_width=240):
-                        gr.HTML("<p class='uj-soft'>Saliency of the first class against the next</p>")
+                        gr.HTML("<p class='uj-soft'>Saliency of the first class or finding</p>")
                         overlay = gr.Image(label="Saliency", **plain)
-        classes.change(own, classes, [words, modality], api_visibility="private")
+        for changed in (classes, checked):
+            changed.change(
+                fields, [classes, checked], [words, checked, modality, scores], api_visibility="private"
+            )
         button.click(
             score,
-            [file, classes, words, modality, window, method],
+            [file, classes, words, checked, modality, window, method],
             [scores, picture, overlay, line],
             api_name="score",
         )

@@ -18,6 +18,9 @@ def _parser() -> Parser:
         "--labels", default="normal,abnormal", metavar="A,B", help="class names to begin with"
     )
     classes.add_argument("--task", default="", metavar="NAME", help="a built-in task to begin with")
+    parser.add_argument(
+        "--multilabel", action="store_true", help="the labels are findings that do not exclude each other"
+    )
     parser.add_argument("--calibration", default="", metavar="FILE", help="from unimed-jax calibrate")
     parser.add_argument("--port", type=int, default=7860, help="0 for any free one")
     parser.add_argument(
@@ -36,7 +39,11 @@ def run(argv: list[str]) -> int:
 
     demo.require()
     labels = [x.strip() for x in args.labels.split(",")]
-    demo.question(args.task or demo.OWN, "\n".join(labels), "")  # refused before the model is loaded
+    if args.multilabel and args.task:
+        raise UsageError("--multilabel belongs to --labels", "a task says itself what it is")
+    demo.question(
+        args.task or demo.OWN, "\n".join(labels), "", args.multilabel
+    )  # refused before the model is loaded
     calibrated = calibration.load(args.calibration) if args.calibration else None
 
     from unimed_jax import infer
@@ -46,7 +53,9 @@ def run(argv: list[str]) -> int:
         calibrated.require(model.about)
     print(f"model   {model.describe()}")
     demo.serve(
-        lambda: demo.build(demo.Desk(model, calibrated), labels=labels, task=args.task),
+        lambda: demo.build(
+            demo.Desk(model, calibrated), labels=labels, task=args.task, several=args.multilabel
+        ),
         port=args.port,
         ready=lambda address: print(
             f"page    {address}   (on this machine only; Ctrl-C ends it)", flush=True

@@ -163,13 +163,13 @@ def positions(p: pipeline.Pipeline, step: int) -> list[int]:
     return [i for part in range(b.per_step) for i in b.positions(step * b.per_step + part)]
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_slices_of_1_to_512_processes_are_disjoint_and_complete(monkeypatch, rows):
+def test_slices_of_1_to_512_processes_are_disjoint_and_complete(monkeypatch):
     """13 sources, some of one record, all with fewer records than there are processes in the end."""
     sizes = [1, 1, 2, 7, 30, 61, 113, 155, 212, 265, 270, 400, 500]
     for count in range(1, 513):
-        parts = pipelines(monkeypatch, sizes, rows * count, count, threads=1 + count % 5)
-        for step in (0, 1, 10**6):
+        rows = 1 + count % 3
+        parts = pipelines(monkeypatch, sizes, rows * count, count, threads=1 + count % 2)
+        for step in (0, 10**6):
             found = [i for p in parts for i in positions(p, step)]
             assert found == list(range(step * rows * count, (step + 1) * rows * count))
 

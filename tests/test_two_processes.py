@@ -72,6 +72,10 @@ def same_losses(one: list[dict], other: list[dict]) -> None:
     for x, y in zip(one, other, strict=True):
         assert x["loss"] == pytest.approx(y["loss"], abs=1e-5), f"step {x['step']}"
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4), f"step {x['step']}"
+        batch = ("same_caption_rate", "same_caption_pairs", "text_padding", "examples/phantom")
+        assert {k: x[k] for k in batch} == {k: y[k] for k in batch}, (
+            f"step {x['step']}"
+        )  # of the global batch
 
 
 def test_two_processes_train_as_one(data, alone, tmp_path):

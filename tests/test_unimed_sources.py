@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import tarfile
 
 import pytest
@@ -12,11 +13,11 @@ from test_cli_data import outcome
 from unimed_tree import BUILDERS, jpeg, write_csv, write_tars
 
 from unimed_jax import config
-from unimed_jax.data import verify
+from unimed_jax.data import markers, verify
 from unimed_jax.data.export import export
 from unimed_jax.data.record import hash_patient
 from unimed_jax.data.shards import Manifest, Shards
-from unimed_jax.data.sources import SOURCES, modality, open_source
+from unimed_jax.data.sources import SOURCES, modality, open_source, unimed_rows
 from unimed_jax.data.sources.unimed import LAYOUTS
 from unimed_jax.data.validate import Reject
 from unimed_jax.errors import DataError, UsageError
@@ -99,6 +100,22 @@ def test_the_original_tars_hold_the_same_pictures_and_captions(tree, tmp_path, c
             for w in tree.expected.values()
         }
     assert Manifest.read(tmp_path / "out" / tree.name / "1.0.0").licence == LAYOUTS[tree.name].licence
+
+
+@pytest.mark.parametrize("marker", [m for m in markers.MARKERS if m.source], ids=lambda m: m.source)
+def test_annotations_and_tars_give_the_same_texts_whatever_surrounds_them(marker):
+    rng = random.Random(0)
+    pieces = ["lung", "b ", ".", ". ", " ", "..", "\n", "_dr_", "nan", "N/A", "é", "?"]
+    for _ in range(1000):
+        texts = ["".join(rng.choices(pieces, k=rng.randrange(7))) for _ in range(rng.randrange(1, 9))]
+        tar = "".join(
+            (t if marker.source == "radimagenet" else t.strip(".")) + "." + marker.text for t in texts
+        )
+        tar += f"{marker.text}noreportpresent" if marker.report else ""
+        listed = unimed_rows.listed(["[]", repr(texts)], "key")
+        assert [c.text for c in markers.split(tar, marker.source)] == [
+            c.text for c in listed if not markers.is_placeholder(c.text)
+        ], texts
 
 
 def test_annotations_may_be_named_by_their_folder_and_pictures_by_theirs(tmp_path):

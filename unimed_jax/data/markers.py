@@ -136,9 +136,7 @@ def _parts(text: str, source: str) -> list[Caption]:
         text, both, report = text.partition(2 * marker.text)
         if not both:
             text, _, report = text.rpartition(marker.text)
-    parts = [
-        Caption(text=_one_period(t), kind=_kind(marker, i)) for i, t in enumerate(cut(text, marker.text))
-    ]
+    parts = [Caption(text=one_period(t), kind=_kind(marker, i)) for i, t in enumerate(cut(text, marker.text))]
     if marker.report:
         parts += [Caption(text=t.strip(), kind="report") for t in cut(report, marker.text)]
     # Sources that somebody merged may have one marker inside the captions of another.
@@ -171,6 +169,12 @@ def _kind(marker: Marker, number: int) -> str:
     return marker.head[number] if number < len(marker.head) else marker.kind
 
 
-def _one_period(text: str) -> str:
-    text = text.strip()
-    return text.rstrip(". ") + "." if text.endswith(("..", ". .")) else text
+def one_period(text: str) -> str:
+    """A text that ends in a period, without white space and further periods around it; another one only stripped.
+
+    Example:
+        >>> one_period(" A big heart . .. "), one_period("A heart")
+        ('A big heart.', 'A heart')
+    """
+    words = text.strip(" .\t\r\n")
+    return f"{words}." if words and text.rstrip().endswith(".") else text.strip()

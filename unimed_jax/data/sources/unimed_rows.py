@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimed_jax.data import files
+from unimed_jax.data import files, markers
 from unimed_jax.data.record import Caption
 from unimed_jax.data.sources import annotation_files, modality
 from unimed_jax.data.sources.annotation_files import Row
@@ -158,7 +158,7 @@ def retina_folder(paths: Sequence[Path]) -> Iterator[Row]:
 
 def _sentences(texts: Iterable[str], kind: str) -> list[Caption]:
     """Captions with one final period each, as the original's tars have them."""
-    return [Caption(text=f"{words}.", kind=kind) for t in texts if (words := t.strip().strip(". "))]
+    return [Caption(text=markers.one_period(f"{t}."), kind=kind) for t in texts if t.strip(" .\t\r\n")]
 
 
 def listed(cells: Sequence[str], _: str) -> list[Caption]:

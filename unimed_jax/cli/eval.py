@@ -89,8 +89,8 @@ def run(argv: list[str]) -> int:
                 raise UsageError(f"--{name} belongs to --data", "a suite has --sets and --prompts")
         from unimed_jax.cli import job, suite
 
-        with job.joined() as writes:
-            return suite.run(args, writes=writes)
+        with job.joined() as first:
+            return suite.run(args, first=first)
     given = [f for f in _ONLY_SUITE if getattr(args, f) not in ("", [], False, 0, "own")]
     if given:
         raise UsageError(
@@ -101,12 +101,12 @@ def run(argv: list[str]) -> int:
         return embedding_tasks.run(args, lambda split: _sources(Path(args.data), split, names))
     from unimed_jax.cli import job
 
-    with job.joined() as writes:
-        return _records(args, names, writes=writes)
+    with job.joined() as first:
+        return _records(args, names, first=first)
 
 
-def _records(args: argparse.Namespace, names: list[str], *, writes: bool) -> int:
-    """Zero-shot tasks on records."""
+def _records(args: argparse.Namespace, names: list[str], *, first: bool) -> int:
+    """Zero-shot tasks on records; `first` is the process of a job that writes."""
     from unimed_jax.evaluate import calibration, report, zeroshot
 
     out = Path(args.out)
@@ -118,6 +118,7 @@ def _records(args: argparse.Namespace, names: list[str], *, writes: bool) -> int
     sources = _sources(Path(args.data), args.split, names)
 
     from unimed_jax import config, infer, parallel
+    from unimed_jax.cli import job
     from unimed_jax.cli.progress import Progress
 
     mesh = parallel.make_mesh(config.Mesh())
@@ -135,18 +136,20 @@ def _records(args: argparse.Namespace, names: list[str], *, writes: bool) -> int
             threads=args.threads,
             calibrated=calibrated,
             in_sample=args.in_sample,
-            progress=progress,
+            progress=progress if first else None,
         )
-    if not writes:
-        return 0
-    found.save(out, force=args.force)
-    if args.report:
-        report.write(report.from_run(out), out / "report.html")
-    print(json.dumps(found.json(), indent=1) if args.json else _table(found))
-    if not args.json:
-        more = " findings.csv" * bool(found.findings) + " report.html" * args.report
-        print(f"wrote   {out}/results.json .md .csv predictions.csv{more}")
-        print("note    research use only, not a medical device")
+
+    def write() -> None:
+        found.save(out, force=args.force)
+        if args.report:
+            report.write(report.from_run(out), out / "report.html")
+        print(json.dumps(found.json(), indent=1) if args.json else _table(found))
+        if not args.json:
+            more = " findings.csv" * bool(found.findings) + " report.html" * args.report
+            print(f"wrote   {out}/results.json .md .csv predictions.csv{more}")
+            print("note    research use only, not a medical device")
+
+    job.by_the_first(write)
     return 0
 
 

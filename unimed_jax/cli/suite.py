@@ -42,18 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-bad", type=int, default=0, metavar="N", help="pictures or rows that may fail, in all sets")
 
 
-def run(args: argparse.Namespace, *, writes: bool) -> int:
+def run(args: argparse.Namespace, *, first: bool) -> int:
     """Evaluates and writes the results.
 
     Args:
         args: the flags.
-        writes: whether this process of a job writes them.
+        first: whether this is the process of a job that writes them.
 
     Raises:
         UsageError: for a suite, set, option or prompt file that is none.
         DataError: when no set can be evaluated.
         SomeInputsFailed: after everything is written, when sets are missing or refused, or too many pictures failed.
     """
+    from unimed_jax.cli import job
     from unimed_jax.evaluate import report, suite_prompts, suite_run, suites
 
     if args.allow_bad < 0:
@@ -79,27 +80,29 @@ def run(args: argparse.Namespace, *, writes: bool) -> int:
     if not args.json:
         print(_plan(found))
     if not found.ready:
-        first = found.failed[0]
+        failed = found.failed[0]
         raise DataError(
-            f"none of the {len(found.failed)} data sets can be evaluated, the first: {first['reason']}",
-            first["remedy"],
+            f"none of the {len(found.failed)} data sets can be evaluated, the first: {failed['reason']}",
+            failed["remedy"],
         )
-    done = _evaluate(args, found)
-    if not writes:
-        return _verdict(done, args.allow_bad, args.out)
-    done.save(args.out, force=args.force)
-    if args.report:
-        report.write(report.from_run(args.out), Path(args.out) / "report.html")
-    print(json.dumps(done.json(), indent=1) if args.json else _table(done))
-    if not args.json:
-        page = " report.html" if args.report else ""
-        lost = " findings.csv" * bool(done.findings) + " errors.csv" * bool(done.bad)
-        print(f"wrote   {args.out}/results.json .md .csv predictions.csv{lost}{page}")
-        print("note    research use only, not a medical device")
+    done = _evaluate(args, found, first)
+
+    def write() -> None:
+        done.save(args.out, force=args.force)
+        if args.report:
+            report.write(report.from_run(args.out), Path(args.out) / "report.html")
+        print(json.dumps(done.json(), indent=1) if args.json else _table(done))
+        if not args.json:
+            page = " report.html" if args.report else ""
+            lost = " findings.csv" * bool(done.findings) + " errors.csv" * bool(done.bad)
+            print(f"wrote   {args.out}/results.json .md .csv predictions.csv{lost}{page}")
+            print("note    research use only, not a medical device")
+
+    job.by_the_first(write)
     return _verdict(done, args.allow_bad, args.out)
 
 
-def _evaluate(args: argparse.Namespace, found: Collected) -> SuiteResults:
+def _evaluate(args: argparse.Namespace, found: Collected, first: bool) -> SuiteResults:
     from unimed_jax import config, infer, parallel
     from unimed_jax.cli.progress import Progress
     from unimed_jax.evaluate import calibration, suite_run
@@ -119,7 +122,7 @@ def _evaluate(args: argparse.Namespace, found: Collected) -> SuiteResults:
             threads=args.threads,
             calibrated=calibration.load(args.calibration) if args.calibration else None,
             in_sample=args.in_sample,
-            progress=progress,
+            progress=progress if first else None,
         )
     if not done.sets:
         raise DataError("no data set has a picture that can be read", done.failed[-1]["reason"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from unimed_jax import config
 from unimed_jax.cli.train import load_config
 from unimed_jax.data import pipeline, text
 from unimed_jax.errors import Preempted
-from unimed_jax.train import hygiene, loop
+from unimed_jax.train import hygiene, loop, plan
 
 SOURCES = {"first": 40, "second": 24}  # draws an epoch: four steps of 16
 
@@ -55,6 +56,16 @@ def whole(cfg, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("whole") / "run"
     loop.run(cfg, workdir)
     return workdir
+
+
+def test_the_plan_prints_the_draws_of_each_source(cfg):
+    title, *lines = plan._mixture(pipeline.plan(cfg))
+    assert "64 examples an epoch from 2 sources, mixture size" in title
+    for line, (name, draws) in zip(lines, SOURCES.items(), strict=True):
+        assert re.search(
+            rf"{name} +{draws} an epoch \( ?{draws / 64:.2%}\) of +\d+ records, weight 0\.\d+: ", line
+        )
+        assert line.endswith("captions uniform")
 
 
 def test_realised_counts_are_the_planned_ones_after_every_epoch(cfg, whole):

@@ -125,7 +125,8 @@ class _Run:
         self.pending: collections.deque[tuple[int, Any]] = collections.deque()
         self.bad_steps: list[int] = []
         self.tracing = False
-        self.examples = np.zeros(0, np.int64)  # read of each source since the first step of the run
+        self.sources = self.parts.data.mixture.names
+        self.examples = np.zeros(len(self.sources), np.int64)  # read of each since the first step of the run
         self.outputs: list[writers.Writer] = []
         self.console: writers.Plain | writers.Bar | None = None
 
@@ -336,20 +337,17 @@ class _Run:
         found = jax.device_get(metrics)
         self.examples = self.examples + found.pop("examples")
         values = {k: np.asarray(v).item() for k, v in found.items()}
+        values |= {f"examples/{s}": int(n) for s, n in zip(self.sources, self.examples, strict=True)}
         bad = values.get("bad", 0) or not math.isfinite(values["loss"])
         self.bad_steps = [*self.bad_steps, step] if bad else []
         if bad:
             self._tell(f"step {step}: the loss or its gradient is not finite; the update was not applied")
         if bad or step % self.cfg.log_every == 0 or step == self.total:
-            self._record(step, values | self._examples_read() | self.meter.read())
+            self._record(step, values | self.meter.read())
         elif self.console:
             self.console.advance(step)
         if len(self.bad_steps) >= self.cfg.max_bad_steps:
             self._diverged(state)
-
-    def _examples_read(self) -> dict[str, int]:
-        names = self.parts.data.mixture.names
-        return {f"examples/{name}": n for name, n in zip(names, self.examples.tolist(), strict=True)}
 
     def _record(self, step: int, values: dict[str, Any]) -> None:
         if not values:

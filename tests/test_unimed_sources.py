@@ -209,6 +209,13 @@ def test_a_stray_quote_costs_its_own_row_only(tmp_path):
     assert {k.split("line ")[1] for k in bad} == {"3", "8", "9", "10"}
 
 
+def test_the_first_row_of_a_table_without_header_is_a_row(tmp_path):
+    pictures_of(tmp_path, "1.png", "2.png")
+    rows = [[f"['{n}']", "[]", "['A finding is seen']"] for n in ("1.png", "2.png")]
+    write_csv(tmp_path / "Chest-Xray8_with_captions.csv", rows)
+    assert set(exported(tmp_path, "chest_xray8")[0]) == {"1.png", "2.png"}
+
+
 def test_labels_that_cannot_be_stored_reject_their_row_only(tmp_path):
     names = [f"{i}.png" for i in range(3)]
     pictures_of(tmp_path, *names)

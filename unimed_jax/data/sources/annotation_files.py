@@ -66,7 +66,7 @@ def csv_rows(
     header is a row with a fault; reading goes on with the line after its first.
 
     Args:
-        file: CSV with a header; bytes that are not UTF-8 become lone surrogates, which the export rejects.
+        file: CSV; bytes that are not UTF-8 become lone surrogates, which the export rejects.
         columns: by position or by name in the header.
         make: of what is found.
 
@@ -78,21 +78,10 @@ def csv_rows(
         with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
             lines = _Lines(f)
             reader = csv.reader(lines, strict=True)
-            try:
-                header = next(reader, [])
-            except csv.Error as e:
-                raise DataError(f"{file} is no CSV: {e}", "download it again") from e
-            if "\0" in "".join(header):
-                raise DataError(f"{file} is not UTF-8", "save it as CSV UTF-8")
-            if not header:
-                raise DataError(f"{file} is empty", "download it again")
-            places = [header.index(c) if c in header else -1 if isinstance(c, str) else c for c in columns]
-            for wanted, place in zip(columns, places, strict=True):
-                if not 0 <= place < len(header):
-                    raise DataError(
-                        f"{file} has no column {wanted!r}, only {', '.join(header)[:200]!r}",
-                        "give the annotation file as it was published",
-                    )
+            header = _header(reader, file)
+            places = [_place(c, header, file) for c in columns]
+            if header[places[0]].lstrip().startswith("["):  # a list is no title: there is no header
+                yield make([header[p] for p in places], f"{file.name} line 1")
             while True:
                 lines.keep()
                 where, fault, cells = f"{file.name} line {lines.number + 1}", "", []
@@ -115,6 +104,29 @@ def csv_rows(
         raise DataError(
             f"{file} cannot be read ({e.strerror or type(e).__name__})", "--captions names it"
         ) from e
+
+
+def _header(reader: Iterator[list[str]], file: Path) -> list[str]:
+    try:
+        header = next(reader, [])
+    except csv.Error as e:
+        raise DataError(f"{file} is no CSV: {e}", "download it again") from e
+    if not header:
+        raise DataError(f"{file} is empty", "download it again")
+    if "\0" in "".join(header):
+        raise DataError(f"{file} is not UTF-8", "save it as CSV UTF-8")
+    return header
+
+
+def _place(column: int | str, header: Sequence[str], file: Path) -> int:
+    if isinstance(column, str) and column in header:
+        return header.index(column)
+    if isinstance(column, int) and column < len(header):
+        return column
+    raise DataError(
+        f"{file} has no column {column!r}, only {', '.join(header)[:200]!r}",
+        "give the annotation file as it was published",
+    )
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from unimed_jax.data import images
 from unimed_jax.data.export import export
 from unimed_jax.data.phantom import Phantom
 from unimed_jax.data.record import Example
-from unimed_jax.errors import DataError, UsageError
+from unimed_jax.errors import DataError, SomeInputsFailed, UsageError
 from unimed_jax.evaluate import embedding_tasks, probe, retrieval, tasks
 
 
@@ -159,7 +159,9 @@ def test_the_command(home, capsys):
     ("words", "message"),
     [
         (["--shots", "1"], "--shots belongs to --probe"),
-        (["--retrieval", "--probe", "modality"], "runs of their own"),
+        (["--retrieval", "--probe", "modality"], "a run of its own"),
+        (["--probe", "modality", "--train-set", "a"], "names a set of a suite"),
+        (["--train-set", "a"], "--train-set belongs to --probe"),
         (["--retrieval", "--report"], "--report is for zero-shot"),
         (["--probe", "modality", "--tasks", "ct_plane"], "--tasks is for zero-shot"),
         (["--probe", "modality", "--shots", "0"], "--shots 0 is no list of numbers 1 or more"),
@@ -182,3 +184,69 @@ def test_the_same_subjects_on_both_sides_are_refused(home):
     words = ["--model", str(home / "model"), "--data", str(home / "records"), "--out", str(home / "no")]
     with pytest.raises(DataError, match="in the training and the test split"):
         verb.run([*words, "--probe", "phantom_modality", "--split", "train"])
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory, phantom) -> Path:
+    """The same drawings as folders of classes, a list of its own for validation, and a suite of all of them."""
+    root = tmp_path_factory.mktemp("disk")
+    classes = list(tasks.load("phantom_modality").classes)
+    sets = []
+    for split in ("train", "val", "test"):
+        for i, e in enumerate(phantom[split]):
+            folder = root / split / e.modality
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i:03}.{e.image_format}").write_bytes(e.image)
+        layout = {"kind": "folders", "folder": split}
+        sets.append({"name": split, "classes": classes, "layout": layout, "metric": "balanced_accuracy"})
+        sets[-1]["prompts"] = {c: [f"a picture of {c}"] for c in classes}
+    sets.append(sets[0] | {"name": "turned", "classes": classes[::-1]})
+    (root / "suite.json").write_text(json.dumps({"name": "own", "sets": sets}))
+    return root
+
+
+def test_a_probe_on_folders_of_classes_equals_that_on_records(home, disk, tiny, phantom, tmp_path, capsys):
+    flags = ["--model", str(home / "model"), "--suite", str(disk / "suite.json"), "--data-root", str(disk)]
+    flags += ["--probe", "test", "--train-set", "train", "--val-set", "val", "--ci", "20", "--fractions", "1"]
+    assert verb.run([*flags, "--out", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    records = embedding_tasks.probe_task(tiny, phantom, "phantom_modality", fractions=(1.0,), resamples=20)
+    assert found["settings"]["records"] == {k: len(v) for k, v in phantom.items() if k != "holdout"}
+    ours, theirs = (r["runs"][0]["values"]["balanced_accuracy"]["value"] for r in (found, records))
+    assert ours == pytest.approx(theirs, abs=0.05)
+    assert found["data"]["test"]["sources"]["own"]["set"] == "test"
+    assert found["data"]["test"]["bad"] == 0
+    broken = next((disk / "test").glob("*/*"))
+    kept = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+    try:
+        with pytest.raises(SomeInputsFailed, match="1 pictures or rows"):
+            verb.run([*flags, "--out", str(tmp_path), "--force"])
+        assert json.loads((tmp_path / "probe.json").read_text())["data"]["test"]["bad"] == 1
+        assert verb.run([*flags, "--out", str(tmp_path), "--force", "--allow-bad", "1"]) == 0
+    finally:
+        broken.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--probe", "test"], "takes two sets"),
+        (["--probe", "test", "--train-set", "test"], "are the same"),
+        (["--probe", "test", "--train-set", "trian"], "Did you mean"),
+        (["--probe", "test", "--train-set", "turned"], "different classes"),
+        (["--probe", "test", "--train-set", "train", "--sets", "val"], "--sets is for zero-shot"),
+        (["--retrieval"], "a run of its own"),
+    ],
+)
+def test_wrong_probes_on_suites_are_refused(home, disk, tmp_path, flags, words):
+    base = ["--model", str(home / "model"), "--suite", str(disk / "suite.json"), "--data-root", str(disk)]
+    with pytest.raises((UsageError, DataError), match=words) as e:
+        verb.run([*base, "--out", str(tmp_path), *flags])
+    assert "\n" not in e.value.line()
+
+
+def test_a_set_that_is_missing_is_named(home, disk, tmp_path):
+    base = ["--model", str(home / "model"), "--suite", str(disk / "suite.json"), "--data-root", str(tmp_path)]
+    with pytest.raises(DataError, match=r"(train|test)"):
+        verb.run([*base, "--out", str(tmp_path / "o"), "--probe", "test", "--train-set", "train"])

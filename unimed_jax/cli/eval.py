@@ -87,6 +87,8 @@ def run(argv: list[str]) -> int:
         for name, value in defaults.items():
             if getattr(args, name) != value:
                 raise UsageError(f"--{name} belongs to --data", "a suite has --sets and --prompts")
+        if beyond:
+            return embedding_tasks.run(args, lambda _: [])
         from unimed_jax.cli import job, suite
 
         with job.joined() as first:

@@ -55,28 +55,11 @@ def run(args: argparse.Namespace, *, first: bool) -> int:
         SomeInputsFailed: after everything is written, when sets are missing or refused, or too many pictures failed.
     """
     from unimed_jax.cli import job
-    from unimed_jax.evaluate import report, suite_prompts, suite_run, suites
+    from unimed_jax.evaluate import report
 
-    if args.allow_bad < 0:
-        raise UsageError("--allow-bad must be at least 0")
-    places = _places(args.set)
-    if not args.data_root and not places:
-        raise UsageError("--suite needs the folder of its data sets", "--data-root DIR, or --set NAME=PATH")
-    root = Path(args.data_root) if args.data_root else None
-    if root and not root.is_dir():
-        raise DataError(f"no folder {root}", "check --data-root")
     if args.report:
         report.require()
-    chosen = suites.load(args.suite).choose(
-        _split(args.sets), args.option, reference=args.protocol == "reference"
-    )
-    found = suite_run.collect(
-        chosen,
-        suite_prompts.load(args.prompts),
-        data_root=root,
-        places=places,
-        annotations=Path(args.annotations) if args.annotations else None,
-    )
+    found = collect(args, _split(args.sets))
     if not args.json:
         print(_plan(found))
     if not found.ready:
@@ -100,6 +83,37 @@ def run(args: argparse.Namespace, *, first: bool) -> int:
 
     job.by_the_first(write)
     return _verdict(done, args.allow_bad, args.out)
+
+
+def collect(args: argparse.Namespace, wanted: list[str]) -> Collected:
+    """What the suite of the flags has on this disk.
+
+    Args:
+        args: the flags.
+        wanted: sets; none = those of its average.
+
+    Raises:
+        UsageError: for a suite, set, option or prompt file that is none.
+        DataError: for a data root that is no folder.
+    """
+    from unimed_jax.evaluate import suite_prompts, suite_run, suites
+
+    if args.allow_bad < 0:
+        raise UsageError("--allow-bad must be at least 0")
+    places = _places(args.set)
+    if not args.data_root and not places:
+        raise UsageError("--suite needs the folder of its data sets", "--data-root DIR, or --set NAME=PATH")
+    root = Path(args.data_root) if args.data_root else None
+    if root and not root.is_dir():
+        raise DataError(f"no folder {root}", "check --data-root")
+    chosen = suites.load(args.suite).choose(wanted, args.option, reference=args.protocol == "reference")
+    return suite_run.collect(
+        chosen,
+        suite_prompts.load(args.prompts),
+        data_root=root,
+        places=places,
+        annotations=Path(args.annotations) if args.annotations else None,
+    )
 
 
 def _evaluate(args: argparse.Namespace, found: Collected, first: bool) -> SuiteResults:

@@ -1,4 +1,4 @@
-"""Retrieval and the linear probe on records: what a model's frozen embeddings are worth beyond zero-shot classes."""
+"""Retrieval and the linear probe: what a model's frozen embeddings are worth beyond zero-shot classes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from unimed_jax.data.record import Example
-from unimed_jax.errors import DataError
-from unimed_jax.evaluate import columns, probe, results, retrieval, tallies, tasks, zeroshot
+from unimed_jax.errors import DataError, UsageError
+from unimed_jax.evaluate import (
+    columns,
+    multilabel,
+    probe,
+    results,
+    retrieval,
+    suite_run,
+    tallies,
+    tasks,
+    zeroshot,
+)
 from unimed_jax.infer import Loaded
 
 HELD_OUT = 0.2  # share of the training subjects that choose C where there is no validation split
@@ -62,7 +72,7 @@ def retrieve(
     return _head(
         "retrieval",
         loaded,
-        {"test": pool},
+        {"test": zeroshot.describe(pool, len(pool))},
         {"resamples": resamples, "seed": seed, "ties": "against the model"},
     ) | {"pairs": len(pairs), "without_caption": len(facts) - len(used), **found.json()}
 
@@ -109,34 +119,118 @@ def probe_task(
     for k, pool in pools.items():
         z = zeroshot.embed(loaded, pool, list(picked[k]), threads=threads, progress=progress)
         parts[k] = _split(facts[k], task, picked[k], z)
+    data = {k: zeroshot.describe(pool, len(pool)) for k, pool in pools.items()}
+    budgets = {"fractions": fractions, "shots": shots, "seeds": seeds, "resamples": resamples}
+    return _probed(loaded, task, task.metric, parts, data, budgets)
+
+
+def probe_sets(
+    loaded: Loaded,
+    collected: suite_run.Collected,
+    sets: Mapping[str, str],
+    *,
+    fractions: Sequence[float] = probe.FRACTIONS,
+    shots: Sequence[int] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    resamples: int = 1000,
+    threads: int = 4,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """A linear probe between sets of a suite: folders of classes, lists, arrays (see `probe_task` and `probe.run`).
+
+    Args:
+        loaded: the model.
+        collected: the sets, from `suite_run.collect`.
+        sets: "train" and "test" -> names of sets with the same classes, "val" too where there is one.
+        fractions: see `probe_task`, and so the others.
+        shots: see `probe_task`.
+        seeds: see `probe_task`.
+        resamples: see `probe_task`.
+        threads: see `probe_task`.
+        progress: called with (done, all) pictures.
+
+    Returns:
+        The content of probe.json; pictures that cannot be read are left out and counted there.
+
+    Raises:
+        UsageError: for sets of several labels a picture, or of different classes.
+        DataError: for a set that is missing or refused, and see `probe.run`.
+    """
+    found = {r.data_set.name: r for r in collected.ready}
+    why = {f["set"]: DataError(f["reason"], f["remedy"]) for f in collected.failed}
+    for name in sets.values():
+        if name not in found:
+            raise why.get(name) or DataError(f"set {name} is not there")
+    ready = {k: found[name] for k, name in sets.items()}
+    classes = _same_classes(ready)
+    suite_run.agree(list(ready.values()))
+    bare = _divided({k: _rows_of(r, np.arange(len(r.table.rows))) for k, r in ready.items()})
+    probe.check(bare["train"], bare["val"], bare["test"], classes, shots)
+    z, errors, places = suite_run.embed(loaded, list(ready.values()), threads=threads, progress=progress)
+    parts, data = {}, {}
+    for k, r in ready.items():
+        numbers = places[r.data_set.name]
+        good = np.flatnonzero(~np.isin(numbers, list(errors)))
+        parts[k] = _rows_of(r, good, z[numbers[good]])
+        about = {"set": r.data_set.name, "records": len(numbers), "annotations_sha256": r.table.sha256}
+        lost = len(numbers) - len(good) + len(r.table.bad)
+        data[k] = {"sources": {collected.suite.name: about}, "evaluated": len(good), "bad": lost}
+    test = ready["test"]
+    assert isinstance(test.task, tasks.Task)
+    budgets = {"fractions": fractions, "shots": shots, "seeds": seeds, "resamples": resamples}
+    return _probed(loaded, test.task, test.data_set.metric, parts, data, budgets)
+
+
+def _same_classes(ready: Mapping[str, suite_run.Ready]) -> list[str]:
+    """The classes that all sets have, in their order.
+
+    Raises:
+        UsageError: when there are none such.
+    """
+    test = ready["test"].data_set
+    for r in ready.values():
+        if isinstance(r.task, multilabel.Findings):
+            raise UsageError(f"set {r.data_set.name} has several labels a picture", "the probe takes classes")
+        if r.data_set.classes != test.classes:
+            raise UsageError(
+                f"the sets {r.data_set.name} and {test.name} have different classes",
+                "the same names in the same order",
+            )
+    return list(test.classes)
+
+
+def _rows_of(
+    r: suite_run.Ready, rows: Int[np.ndarray, "n"], z: Float[np.ndarray, "n d"] | None = None
+) -> probe.Split:
+    mine = [r.table.rows[i] for i in rows.tolist()]
+    features = np.zeros((len(mine), 0), np.float32) if z is None else z
+    return probe.Split(features, np.array([row.label for row in mine], np.int64), [row.group for row in mine])
+
+
+def _probed(
+    loaded: Loaded,
+    task: tasks.Task,
+    metric: str,
+    parts: Mapping[str, probe.Split],
+    data: Mapping[str, Any],
+    budgets: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The probe on embedded splits, and what is said about it."""
+    own = "its own split" if "val" in parts else f"{HELD_OUT:.0%} of the training subjects of each class"
     parts = _divided(parts)
-    validation = (
-        "its own split" if "val" in pools else f"{HELD_OUT:.0%} of the training subjects of each class"
-    )
-    found = probe.run(
-        parts["train"],
-        parts["val"],
-        parts["test"],
-        list(task.classes),
-        metric=task.metric,
-        fractions=fractions,
-        shots=shots,
-        seeds=seeds,
-        resamples=resamples,
-    )
+    names = list(task.classes)
+    found = probe.run(parts["train"], parts["val"], parts["test"], names, metric=metric, **budgets)
     settings = {
-        "resamples": resamples,
-        "seeds": list(seeds),
+        "resamples": budgets["resamples"],
+        "seeds": list(budgets["seeds"]),
         "sweep": list(probe.SWEEP),
         "features": "unit image embeddings, standardised by the training records in use",
-        "validation": validation,
+        "validation": own,
         "records": {k: len(p.labels) for k, p in parts.items()},
     }
-    return _head("probe", loaded, pools, settings) | {
-        "task": task.name,
-        "chance": task.chance,
-        **found.json(),
-    }
+    chance = 0.5 if metric == "auroc" else 1 / len(names)
+    about = {"task": task.name, "chance": chance, **found.json()}
+    return _head("probe", loaded, data, settings) | about
 
 
 def hold_out(labels: Int[np.ndarray, "n"], groups: Sequence[Any]) -> np.ndarray:
@@ -221,10 +315,7 @@ def _rows(split: probe.Split, chosen: np.ndarray) -> probe.Split:
     return probe.Split(split.features[chosen], split.labels[chosen], groups)
 
 
-def _head(
-    kind: str, loaded: Loaded, pools: Mapping[str, zeroshot.Pool], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    data = {k: zeroshot.describe(pool, len(pool)) for k, pool in pools.items()}
-    about = zeroshot.heading(loaded, data, settings["resamples"], 0)
+def _head(kind: str, loaded: Loaded, data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    about = zeroshot.heading(loaded, dict(data), settings["resamples"], 0)
     about["settings"] |= settings
     return {"format": f"unimed_jax.{kind}", "version": _VERSION, "use": results.USE, **about}

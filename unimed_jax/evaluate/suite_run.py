@@ -148,22 +148,11 @@ def evaluate(
     if calibrated:
         for r in collected.ready:
             fits[r.data_set.name] = calibrated.for_task(r.task.name, r.task.digest, loaded.about)
-    pictures: dict[_Key, int] = {}
-    for r in collected.ready:
-        for row in r.table.rows:
-            pictures.setdefault((row.path, row.frame), len(pictures))
-    arrays = {r.table.rows[0].path: r.table.array for r in collected.ready if r.table.array is not None}
-    batches.agree(
-        [
-            f"{r.data_set.name} {row.key} {row.label} {row.findings}"
-            for r in collected.ready
-            for row in r.table.rows
-        ]
-    )
+    agree(collected.ready)
     prompts = zeroshot.prompt_embeddings(loaded, [r.task for r in collected.ready])
-    z, errors = _embed(loaded, list(pictures), arrays, threads, progress)
-    sources = {collected.suite.name: {"split": "test", "records": len(pictures)}}
-    data = {"sources": sources, "evaluated": len(pictures) - len(errors)}
+    z, errors, places = embed(loaded, collected.ready, threads=threads, progress=progress)
+    sources = {collected.suite.name: {"split": "test", "records": len(z)}}
+    data = {"sources": sources, "evaluated": len(z) - len(errors)}
     out = SuiteResults(
         **zeroshot.heading(loaded, data, resamples, seed, calibrated),
         suite=collected.suite,
@@ -172,7 +161,7 @@ def evaluate(
         failed=list(collected.failed),
     )
     for r in collected.ready:
-        numbers = np.array([pictures[row.path, row.frame] for row in r.table.rows])
+        numbers = places[r.data_set.name]
         good = [i for i, n in enumerate(numbers.tolist()) if n not in errors]
         lost = [
             {"file": row.key, "reason": errors[n]}
@@ -302,14 +291,38 @@ class _Shown:
         return SimpleNamespace(image=image, simulated=False)
 
 
-def _embed(
+def agree(ready: Sequence[Ready]) -> None:
+    """Makes sure that all processes of a job see the same rows.
+
+    Raises:
+        DataError: see `batches.agree`.
+    """
+    batches.agree(
+        [f"{r.data_set.name} {row.key} {row.label} {row.findings}" for r in ready for row in r.table.rows]
+    )
+
+
+def embed(
     loaded: Loaded,
-    pictures: Sequence[_Key],
-    arrays: Mapping[Path, np.ndarray],
-    threads: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Float[np.ndarray, "n d"], dict[int, str]]:
-    """Unit embeddings of all pictures, and number -> reason of those that cannot be read."""
+    ready: Sequence[Ready],
+    *,
+    threads: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Float[np.ndarray, "n d"], dict[int, str], dict[str, Int[np.ndarray, "rows"]]]:
+    """All pictures of some sets, each once, however many rows name it.
+
+    Returns:
+        Unit embeddings; number -> reason of the pictures that cannot be read; set -> the number of each row's picture.
+    """
+    numbers: dict[_Key, int] = {}
+    places = {
+        r.data_set.name: np.array(
+            [numbers.setdefault((row.path, row.frame), len(numbers)) for row in r.table.rows], np.int64
+        )
+        for r in ready
+    }
+    pictures = list(numbers)
+    arrays = {r.table.rows[0].path: r.table.array for r in ready if r.table.array is not None}
 
     def read(number: int) -> np.ndarray | str:
         path, frame = pictures[number]
@@ -318,4 +331,5 @@ def _embed(
         except UnimedError as e:
             return e.cause
 
-    return batches.embed(loaded, len(pictures), read, threads=threads, progress=progress)
+    z, errors = batches.embed(loaded, len(pictures), read, threads=threads, progress=progress)
+    return z, errors, places

@@ -1,4 +1,4 @@
-"""Where a text mentions a term, and whether it denies it.
+"""Where a text mentions a term, and whether it denies or doubts it.
 
 Terms match whole words, singular or plural, with hyphens as spaces and British spelling as American. Denial follows
 NegEx (Chapman et al. 2001, doi:10.1006/jbin.2001.1029): a cue a few words before the term, or after it, with nothing
@@ -33,7 +33,7 @@ _WITH = {"consistent", "inconsistent", "compatible", "incompatible", "keeping", 
 # After a comma these begin a new thought: "without volume loss, typical of pneumonia".
 _ANEW = {
     "typical", "characteristic", "consistent", "compatible", "suggestive", "suggesting", "indicating", "indicative",
-    "representing", "as", "in", "due",
+    "representing", "in", "due",
 }  # fmt: skip
 _DENIALS = (
     "no", "none", "never", "neither", "nor", "nothing", "nowhere", "absence of", "lack of", "lacks", "lacking",
@@ -149,9 +149,9 @@ def denied(text: Sequence[str], span: Span, reach: int = REACH) -> bool:
     before = text[max(_clause(text, span.start), span.start - reach) : span.start]
     said = next((i for i in range(len(before), 0, -1) if before[i - 1] in _VERBS), 0)
     if (
-        holds(before, _DENIAL_CUES)
-        or holds(before[said:], _PARTIAL_CUES)
-        or holds(before[-_REACH_OF_DOUBT:], _DOUBT_CUES)
+        _holds(before, _DENIAL_CUES)
+        or _holds(before[said:], _PARTIAL_CUES)
+        or _holds(before[-_REACH_OF_DOUBT:], _DOUBT_CUES)
     ):
         return True
     after: list[str] = []
@@ -173,9 +173,8 @@ def _clause(text: Sequence[str], end: int) -> int:
     return 0
 
 
-def holds(text: Sequence[str], cues: Iterable[Sequence[str]]) -> bool:
-    """Whether any of the cues, which are lists of words, stands in a text."""
-    return any(list(text[i : i + len(c)]) == list(c) for c in cues for i in range(len(text) - len(c) + 1))
+def _holds(text: Sequence[str], cues: Iterable[tuple[str, ...]]) -> bool:
+    return any(tuple(text[i : i + len(c)]) == c for c in cues for i in range(len(text) - len(c) + 1))
 
 
 def inside(span: Span, others: Iterable[Span]) -> bool:

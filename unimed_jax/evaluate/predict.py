@@ -140,7 +140,7 @@ def predict(
             raise DataError(*other["fault"])
     # All batches of a job have one shape: the last digits would depend on who scores the last pictures.
     _score(loaded, asked, part, shown, sum(r["pictures"] for r in read))
-    if progress:
+    if progress and mine:
         progress(len(mine), len(mine))
     return _finished(_whole_job(part, share), asked, shown)
 

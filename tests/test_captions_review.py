@@ -233,6 +233,15 @@ LABEL = '"modality": "CT", "anatomy": "a", "finding": "b"'
             HEAD + f', "labels": [{{{LABEL}, "captions": []}}, {{{LABEL}, "captions": []}}]}}',
             "has a label twice",
         ),
+        (HEAD + ', "labels": [], "labels": []}', "the key 'labels' is there twice"),
+        (
+            HEAD + f', "labels": [{{{LABEL}, "captions": [{{"text": "\\ud800 a film", "kind": "llm"}}]}}]}}',
+            "not UTF-8",
+        ),
+        (
+            HEAD + f', "labels": [{{{LABEL}, "captions": [{{"text": "=cmd()", "kind": "llm"}}]}}]}}',
+            "begins with '='",
+        ),
     ],
 )
 def test_bad_files_of_captions(text, said, tmp_path):

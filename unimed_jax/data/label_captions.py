@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unimed_jax import config
-from unimed_jax.data import files, limits
+from unimed_jax.data import files, limits, validate
 from unimed_jax.data.record import Caption
 from unimed_jax.errors import DataError, did_you_mean
 
@@ -269,6 +269,10 @@ def _caption(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(text, str) or not text.strip() or kind not in config.CAPTION_KINDS:
         kinds = ", ".join(config.CAPTION_KINDS)
         raise DataError(f"{where}: a caption has no text, or a kind that is none of {kinds}")
+    if fault := validate.caption_fault(Caption(text=text, kind=kind)):
+        raise DataError(f"{where}: a caption cannot be stored: {fault[1]}", "mend it, or leave it out")
+    if text[0] in _FORMULA:
+        raise DataError(f"{where}: a caption begins with {text[0]!r}", "begin with a letter or digit")
     return value
 
 

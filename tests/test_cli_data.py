@@ -137,6 +137,22 @@ def test_bad_tables_are_refused_with_their_line(raw, tmp_path, capsys, text, cau
     assert not list((tmp_path / "out").rglob("unimed-*"))
 
 
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ('{"file": "a.png", "caption": "x"}\n{"file": "b.p', "line 2 is no JSON"),
+        (
+            '{"file": "a.png", "caption": "x", "caption": "y"}\n',
+            "line 1 is no JSON: the key 'caption' is there",
+        ),
+        ("5\n", "line 1 is no JSON object"),
+    ],
+)
+def test_bad_json_lines_are_refused_with_their_line(raw, tmp_path, text, cause):
+    with pytest.raises(DataError, match=cause):
+        Folder(raw=raw, captions=table(tmp_path, text, "t.jsonl")).items()
+
+
 def test_missing_folders_and_tables(raw, tmp_path):
     with pytest.raises(DataError, match="cannot read the table"):
         Folder(raw=raw, captions=tmp_path / "none.csv").items()

@@ -348,7 +348,9 @@ def _finalize(
         splits[job.split].append(ShardInfo(**{k: sidecar[k] for k in ("file", "count", "bytes", "sha256")}))
         counts[job.split].update(sidecar["counts"])
     if not sum(c["records"] for c in counts.values()):
-        raise DataError(f"source {source.name}: no item is left ({listed})")
+        raise DataError(
+            f"source {source.name}: no item is left ({listed})", f"{folder / REJECTS} says where and why"
+        )
     manifest = Manifest(
         source=source.name,
         licence=source.licence,

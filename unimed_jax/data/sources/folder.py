@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unimed_jax import config
-from unimed_jax.data import label_captions, limits, windows
+from unimed_jax.data import files, label_captions, limits, windows
 from unimed_jax.data.record import Caption, Example, hash_patient
 from unimed_jax.data.sources import pictures
 from unimed_jax.errors import DataError, did_you_mean
@@ -157,7 +157,7 @@ def read_table(path: Path, *, labelled: bool = False) -> Iterator[tuple[dict[str
             if path.suffix == ".jsonl":
                 for number, line in enumerate(f, 1):
                     if line.strip():
-                        values = json.loads(line)
+                        values = _object(line, number)
                         _check_columns(values, path, labelled)
                         yield {k: _text(v) for k, v in values.items()}, f"{path.name} line {number}"
                 return
@@ -170,7 +170,19 @@ def read_table(path: Path, *, labelled: bool = False) -> Iterator[tuple[dict[str
     except OSError as e:
         raise DataError(f"cannot read the table {path} ({e.strerror})", "--captions names it") from e
     except (ValueError, TypeError, AttributeError, csv.Error) as e:
-        raise DataError(f"the table {path} is malformed: {e}", "CSV with a header, in UTF-8") from e
+        raise DataError(
+            f"the table {path} is malformed: {e}", "CSV with a header, or JSON lines, in UTF-8"
+        ) from e
+
+
+def _object(line: str, number: int) -> dict[str, Any]:
+    try:
+        values = files.parse_json(line)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"line {number} is no JSON: {str(e)[:100]}") from e
+    if not isinstance(values, dict):
+        raise ValueError(f"line {number} is no JSON object")
+    return values
 
 
 def _parquet(path: Path, labelled: bool) -> Iterator[tuple[dict[str, str], str]]:

@@ -531,6 +531,21 @@ def test_other_content_needs_force(tmp_path):
     assert verify.check(tmp_path / "out").ok
 
 
+def test_shards_of_a_program_with_other_fields_are_written_anew(
+    source, exported, tokenizer, tmp_path, monkeypatch
+):
+    older = {name: value for name, value in record._SCALARS.items() if name != "original_sha256"}
+    monkeypatch.setattr(record, "_SCALARS", older)
+    write_range(source, tmp_path / "begun", 0, 3, shards=3, tokenizer=tokenizer)  # and then it was stopped
+    export(source, tmp_path / "finished", shards=3, tokenizer=tokenizer)
+    monkeypatch.undo()
+    export(source, tmp_path / "begun", shards=3, tokenizer=tokenizer)
+    assert digests(tmp_path / "begun") == digests(exported)
+    with pytest.raises(DataError, match="or by a version that stored other fields"):
+        export(source, tmp_path / "finished", shards=3, tokenizer=tokenizer)
+    assert len(everything(tmp_path / "finished")) == N  # which stays readable
+
+
 def test_another_tokenizer_needs_force(tmp_path, tokenizer):
     source = write_raw(tmp_path / "raw", 6)
     export(source, tmp_path / "out", tokenizer=tokenizer)

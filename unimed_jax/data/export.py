@@ -243,7 +243,8 @@ def _made_from(source: RecordSource, items: Sequence[Any], keys: Sequence[str]) 
 
 
 def _digest(values: Any) -> str:
-    text = json.dumps([record.SCHEMA_VERSION, values], ensure_ascii=True)
+    # With the layout: shards of a program that stored other fields are never finished by this one.
+    text = json.dumps([record.layout(), values], ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -266,7 +267,10 @@ def _tokenizer(root: Path, given: Tokenizer | None, force: bool) -> Tokenizer | 
 def _unchanged(folder: Path, digest: str) -> Manifest:
     manifest = Manifest.read(folder)
     if manifest.plan != digest:
-        raise DataError(f"{folder} holds a finished export of other content", "--force replaces it")
+        raise DataError(
+            f"{folder} holds a finished export of other content, or by a version that stored other fields",
+            "--force replaces it",
+        )
     return manifest
 
 

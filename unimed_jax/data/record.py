@@ -68,6 +68,11 @@ _LISTS = {name: "int" if kind == "int" else "bytes" for name, (_, kind) in _SCAL
 _LISTS |= _SEQUENCES | {"schema_version": "int"}
 
 
+def layout() -> list[Any]:
+    """What records look like on disk, for digests: the schema version, and the names of all fields in their order."""
+    return [SCHEMA_VERSION, *_SCALARS, *_SEQUENCES]
+
+
 def hash_patient(patient: str, salt: str) -> str:
     """A patient's pseudonym: 16 hexadecimal digits of keyed BLAKE2b; empty for an empty identifier.
 

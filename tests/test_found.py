@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import closed_folder
 import numpy as np
 import pytest
 import test_medical
@@ -197,6 +198,18 @@ def test_a_name_with_a_zero_byte_is_an_unreadable_file(tmp_path):
     (failed,) = found.frames(item)
     assert isinstance(failed, found.Failed)
     assert "cannot be read" in failed.error.cause
+
+
+def test_a_folder_that_cannot_be_listed_is_an_input_that_cannot_be_read(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (9, 9), 7).save(tmp_path / folder / "x.png")
+    closed_folder.close(tmp_path / "b", monkeypatch)
+    good, closed = found.find([tmp_path]).inputs
+    assert (good.files, closed.files) == ((tmp_path / "a" / "x.png",), (tmp_path / "b",))
+    (failed,) = found.frames(closed)
+    assert isinstance(failed, found.Failed)
+    assert "b: is no file that can be read" in failed.error.cause
 
 
 def test_missing_paths_and_nothing_found(tmp_path):

@@ -150,7 +150,7 @@ def damaged(file):
         ("pneumoniamnist", {"train_images": np.zeros((23, 28, 28, 28), np.uint8)}, "pictures are uint8"),
         ("pneumoniamnist", {"train_images": np.zeros((1, 9000, 9000), np.uint8)}, "pictures of 9000 x 9000"),
         ("pneumoniamnist", {"train_images": np.zeros((23, 28, 28), np.float32)}, "pictures are float32"),
-        ("pneumoniamnist", {"train_labels": np.array([{}] * 23, object)[:, None]}, "cannot be read as .npz"),
+        ("pneumoniamnist", {"train_labels": np.array([{}] * 23, object)[:, None]}, "holds pickled objects"),
     ],
 )
 def test_other_files_are_refused(tmp_path, name, changes, cause):
@@ -192,6 +192,15 @@ def test_no_damage_is_anything_but_a_refusal(tmp_path):
             assert "\n" not in e.line()  # noqa: PT017
             outcomes.add("refused")
     assert outcomes <= {"refused", sum(COUNTS.values())}
+
+
+def test_other_pictures_under_the_same_name_are_another_export(tmp_path):
+    file = tmp_path / "pneumoniamnist.npz"
+    arrays = write(file, "pneumoniamnist")
+    export(MedMnist(raw=file), tmp_path / "out", shards=2)
+    write(file, "pneumoniamnist", train_images=255 - arrays["train_images"])
+    with pytest.raises(DataError, match="finished export of other content"):
+        export(MedMnist(raw=file), tmp_path / "out", shards=2)
 
 
 def test_an_encrypted_file_and_a_header_that_is_no_literal(tmp_path):

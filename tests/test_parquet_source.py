@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import closed_folder
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -248,6 +249,41 @@ def test_tables_without_pictures_or_captions_are_refused(tmp_path):
         Parquet(raw=tmp_path).items()
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(DataError, match=r"no \.parquet below"):
+        Parquet(raw=tmp_path).items()
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    cells = [pa.array([picture(0)]), pa.array(["a film"]), pa.array(["another"])]
+    pq.write_table(pa.Table.from_arrays(cells, ["image", "caption", "caption"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet has 2 columns that are called 'caption'"):
+        export(Parquet(raw=tmp_path), tmp_path / "out")
+
+
+def test_cells_that_hold_nothing_and_zero(tmp_path):
+    columns = {"image": [picture(i) for i in range(3)], "caption": ["a film"] * 3}
+    columns |= {
+        "grade": [1.5, float("nan"), None],
+        "subject": [0.0, float("nan"), None],
+        "number": [0, 1, None],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    for patient, known in (("subject", "0.0"), ("number", "0")):
+        source = Parquet(raw=tmp_path, name=patient, label="grade", patient=patient, salt="s")
+        export(source, tmp_path / "out")
+        first, *others = records(tmp_path / "out", patient).values()
+        assert (first.labels, first.patient) == (("grade:1.5",), hash_patient(known, "s"))
+        assert [e.labels for e in others] == [(), ()]
+        assert others[1].patient == "" == others[0].patient * (patient == "subject")
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        write(tmp_path / folder / "a.parquet", [row(i) for i in range(3)])
+    (tmp_path / "b" / "link.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"link\.parquet cannot be read as Parquet"):
+        Parquet(raw=tmp_path).items()
+    closed_folder.close(tmp_path / "b", monkeypatch)
+    with pytest.raises(DataError, match=r"the folder .*/b cannot be listed \(Permission denied\)"):
         Parquet(raw=tmp_path).items()
 
 

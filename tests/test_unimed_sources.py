@@ -8,6 +8,7 @@ import os
 import random
 import tarfile
 
+import closed_folder
 import pytest
 from test_cli_data import outcome
 from unimed_tree import BUILDERS, jpeg, write_csv, write_tars
@@ -454,6 +455,15 @@ def test_names_of_members_are_below_the_tar(tmp_path):
     one, two = open_source("webdataset", {"raw": str(tmp_path / "a.tar")}).items()
     assert (one.key, one.fault) == ("a/1", "")
     assert (two.key, two.fault) == ("a/'/etc/2'", "it leaves the folder")
+
+
+def test_a_folder_of_tars_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        tar(tmp_path / folder / "a.tar", [("1.jpg", jpeg(1)), ("1.txt", b"A film.")])
+    closed_folder.close(tmp_path / "b", monkeypatch)
+    with pytest.raises(DataError, match=r"the folder .*/b cannot be listed \(Permission denied\)"):
+        open_source("webdataset", {"raw": str(tmp_path)}).items()
 
 
 def test_members_that_are_no_files_are_rejected(tmp_path):

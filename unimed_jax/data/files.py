@@ -195,6 +195,25 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def below(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    """The files with wanted names in a folder and all below it, sorted; links to folders are not followed.
+
+    Raises:
+        DataError: for a folder that cannot be listed: its files would be left out in silence.
+    """
+
+    def refuse(e: OSError) -> None:
+        raise DataError(
+            f"the folder {e.filename} cannot be listed ({e.strerror})", "permit it, or move it away"
+        )
+
+    named = (
+        Path(at, name) for at, _, names in os.walk(folder, onerror=refuse) for name in names if wanted(name)
+    )
+    # Links to nothing, too, for the reader to refuse; pipes and devices are none.
+    return sorted(p for p in named if p.is_file() or not p.exists())
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()

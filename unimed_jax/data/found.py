@@ -113,7 +113,8 @@ def find_files(
 ) -> list[Path]:
     """Named files as they are, and everything in folders that looks like a picture, in a fixed order.
 
-    In folders, files with a known suffix or none (as scanners write them) count; hidden ones do not.
+    In folders, files with a known suffix or none (as scanners write them) count; hidden ones do not. A folder that
+    cannot be listed is found itself: reading it says what is wrong.
 
     Args:
         paths: files and folders.
@@ -124,9 +125,10 @@ def find_files(
         DataError: for a path that does not exist, or when nothing is found, with the suffixes tried.
     """
     found: dict[Path, None] = {}
+    closed = lambda e: found.setdefault(Path(e.filename))
     for path in map(Path, paths):
         if path.is_dir():
-            for folder, folders, names in os.walk(path):
+            for folder, folders, names in os.walk(path, onerror=closed):
                 folders[:] = sorted(f for f in folders if not _inside_a_slide(f, names))
                 found |= dict.fromkeys(Path(folder, n) for n in sorted(names) if _counts(n, suffixes))
         elif path.exists():

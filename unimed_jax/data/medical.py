@@ -94,7 +94,7 @@ def frames(
     try:
         size = path.stat().st_size
         if not path.is_file():  # a pipe or device may never end
-            raise DataError(f"{path.name}: is no file")
+            raise DataError(f"{path.name}: is no file that can be read")
         with path.open("rb") as f:
             head = f.read(352)
     except (OSError, ValueError) as e:  # ValueError: a name with a zero byte

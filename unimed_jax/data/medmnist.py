@@ -283,7 +283,9 @@ _ERRORS = (
 
 
 def _unreadable(file: Path, e: Exception) -> DataError:
-    return DataError(f"{file} cannot be read as .npz ({type(e).__name__})")
+    if isinstance(e, OSError) and e.strerror:
+        return DataError(f"{file} cannot be read ({e.strerror})")
+    return DataError(f"{file} cannot be read as .npz ({type(e).__name__})", "download it again")
 
 
 def _check_pictures(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -302,7 +304,7 @@ def labels(file: Path, split: str, s: MedSet) -> Integer[np.ndarray, "n classes"
     Raises:
         DataError: for a damaged file, or labels that do not fit the set.
     """
-    with _member(file, f"{split}_labels") as (f, shape, dtype):
+    with _member(file, f"{split}_labels") as (f, shape, dtype, _):
         n, count = shape[0] if shape else 0, math.prod(shape)
         if dtype.kind not in "iu" or count * dtype.itemsize > _MAX_ARRAY // 16:
             raise DataError(f"{file}: {split}_labels are {dtype}{list(shape)}", "one integer a picture")
@@ -321,20 +323,20 @@ def labels(file: Path, split: str, s: MedSet) -> Integer[np.ndarray, "n classes"
     return found.reshape(n, columns)
 
 
-def check_pictures(file: Path, split: str) -> tuple[int, ...]:
-    """The shape of a split's pictures, after everything was read once, a piece at a time, and its checksum compared.
+def check_pictures(file: Path, split: str) -> tuple[tuple[int, ...], str]:
+    """The shape of a split's pictures and the checksum of their array, once all of it was read and found to have it.
 
     Raises:
         DataError: for a damaged file, or anything but pictures.
     """
-    with _member(file, f"{split}_images") as (f, shape, dtype):
+    with _member(file, f"{split}_images") as (f, shape, dtype, checksum):
         _check_pictures(file, shape, dtype)
         size = 0
         while piece := f.read(_PIECE):
             size += len(piece)
     if size != math.prod(shape):
         raise DataError(f"{file}: {split}_images has {size} bytes, its shape is {list(shape)}")
-    return shape
+    return shape, checksum
 
 
 class Pictures:
@@ -353,7 +355,7 @@ class Pictures:
     def __init__(self, file: Path, split: str):
         self._file = file
         self._context = _member(file, f"{split}_images")
-        self._stream, shape, _ = self._context.__enter__()
+        self._stream, shape, *_ = self._context.__enter__()
         self._shape = shape[1:]
         self._begin = self._stream.tell()
 
@@ -374,8 +376,8 @@ class Pictures:
 
 
 @contextmanager
-def _member(file: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-    """An array inside the file: its bytes as a stream, its shape and type.
+def _member(file: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, str]]:
+    """An array inside the file: its bytes as a stream, its shape and type, and the checksum that the file promises.
 
     Raises:
         DataError: for a file that is no `.npz`, an array that is missing or no plain one.
@@ -391,8 +393,10 @@ def _member(file: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...],
                 if major not in read:
                     raise ValueError(f"version {major} of .npy")
                 shape, columns_first, dtype = read[major](f)
-                if dtype.hasobject or columns_first:
-                    raise ValueError("objects, or columns first")
-                yield f, shape, dtype
+                if dtype.hasobject:
+                    raise DataError(f"{file}: {name} holds pickled objects, which are never read")
+                if columns_first:
+                    raise ValueError("columns first")
+                yield f, shape, dtype, f"{z.getinfo(f'{name}.npy').CRC:08x}"
     except _ERRORS as e:
         raise _unreadable(file, e) from e

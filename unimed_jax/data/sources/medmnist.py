@@ -25,7 +25,7 @@ _open = threading.local()  # the array that this thread reads from: a shard's pi
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Row:
-    """One picture."""
+    """One picture; `made` changes when the pictures of its split do."""
 
     key: str
     split: str
@@ -34,6 +34,7 @@ class Row:
     captions: tuple[Caption, ...]
     labels: tuple[str, ...]
     modality: str
+    made: str
 
     @property
     def run(self) -> str:
@@ -125,7 +126,7 @@ class MedMnist:
         seen: dict[tuple[int, ...], tuple[tuple[Caption, ...], tuple[str, ...]]] = {}
         for split in medmnist.SPLITS:
             labels = medmnist.labels(file, split, about)
-            shape = medmnist.check_pictures(file, split)
+            shape, checksum = medmnist.check_pictures(file, split)
             if shape[0] != len(labels):
                 raise DataError(f"{file}: {split} has {shape[0]} pictures and {len(labels)} labels")
             for i, row in enumerate(labels.tolist()):
@@ -141,6 +142,7 @@ class MedMnist:
                     captions=captions,
                     labels=named,
                     modality=about.modality,
+                    made=checksum,
                 )
 
 

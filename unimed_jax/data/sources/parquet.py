@@ -119,8 +119,8 @@ class Parquet:
         """Every row of every file, files in the order of their names.
 
         Raises:
-            DataError: for a file that is no Parquet or lacks a column, a key that is none, or a finding without
-                captions.
+            DataError: for a folder or file that cannot be read, a file that lacks a column, a key that is none, or a
+                finding without captions.
         """
         said = ""
         if self.label_captions:
@@ -164,7 +164,7 @@ class Parquet:
             captions=tuple(captions),
             labels=tuple(dict.fromkeys(labels)),
             modality=str(modality),
-            patient=hash_patient(str(values.get(self.patient) or "").strip(), self.salt or self.name),
+            patient=hash_patient("".join(_values(values.get(self.patient), None)), self.salt or self.name),
             split=item.split,
         )
 
@@ -177,7 +177,7 @@ class Parquet:
             return [raw]
         if not raw.is_dir():
             raise DataError(f"no folder or file {raw}", "--raw names it")
-        found = sorted(p for p in raw.rglob("*.parquet") if p.is_file())
+        found = files.below(raw, lambda name: name.endswith(".parquet"))
         if not found:
             raise DataError(f"no .parquet below {raw}", "--raw names the folder of the tables")
         return found
@@ -284,6 +284,8 @@ def _columns(source: Parquet, file: Path, made: str) -> _Columns:
             known = (*schema.names, *(config.MODALITIES if column == source.modality else ()))
             hint = did_you_mean(column, known)
             raise DataError(f"{file} has no column {column!r}.{hint}", f"there are: {listed}")
+        if (times := schema.names.count(column)) > 1:
+            raise DataError(f"{file} has {times} columns that are called {column!r}", "rename one of them")
     if image not in pictures:
         raise DataError(f"{file}: column {image!r} is {schema.field(image).type}", "pictures are bytes")
     if not (caption or found.report or source.label_captions):
@@ -421,14 +423,16 @@ def _texts(value: Any, column: str) -> Iterator[str]:
 
 
 def _values(value: Any, names: tuple[str, ...] | None) -> Iterator[str]:
-    """Labels as text; -1 of a class is none."""
+    """Cells as text without the empty ones; numbers of classes by name, -1 is none."""
     for one in value if isinstance(value, list) else [value]:
         if names and isinstance(one, int) and not isinstance(one, bool):
             if one >= len(names):
                 raise Reject("annotation", f"class {one} of {len(names)}")
             if one >= 0:
                 yield names[one]
-        elif one is not None and str(one).strip():
+        elif (
+            one is not None and one == one and str(one).strip()
+        ):  # NaN, an empty cell of numbers, is not itself
             yield str(one).strip()
 
 

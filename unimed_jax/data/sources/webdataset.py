@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from unimed_jax import config
-from unimed_jax.data import limits
+from unimed_jax.data import files, limits
 from unimed_jax.data.record import Caption, Example
 from unimed_jax.data.sources.annotation_files import path_fault
 from unimed_jax.data.sources.unimed import LAYOUTS
@@ -85,7 +85,7 @@ class Webdataset:
         """Every sample of every tar, tars in the order of their names.
 
         Raises:
-            DataError: without any tar, or for one that is compressed or damaged.
+            DataError: without any tar, for one that is compressed or damaged, or a folder that cannot be listed.
         """
         found: list[Item] = []
         for file in self._tars():
@@ -122,7 +122,7 @@ class Webdataset:
             return [raw]
         if not raw.is_dir():
             raise DataError(f"no folder or tar {raw}", "--raw names it")
-        found = sorted(p for p in raw.rglob("*") if p.is_file() and ".tar" in p.suffixes)
+        found = files.below(raw, lambda name: ".tar" in Path(name).suffixes)
         if not found:
             raise DataError(f"no .tar below {raw}", "--raw names the folder of the tars")
         return found

@@ -116,8 +116,10 @@ def test_load_takes_foreign_files_and_folders(native, tmp_path):
 
 
 def test_vision_alone(native, tmp_path):
-    there = convert(Request(src=native, dst=tmp_path / "v", to="hf-vision", verify=True))
+    lines: list[str] = []
+    there = convert(Request(src=native, dst=tmp_path / "v", to="hf-vision", verify=True), lines.append)
     assert list(there.verified) == ["vision"]
+    assert "left    out: text, logit_scale, which the format hf-vision cannot hold" in lines
     with pytest.raises(UsageError, match="holds the vision tower alone"):
         convert(Request(src=tmp_path / "v", dst=tmp_path / "x"))
     with pytest.raises(UsageError, match="wants a whole model"):
@@ -131,7 +133,9 @@ def test_vision_alone(native, tmp_path):
     theirs = source.open_source(tower).params()["vision"]
     for name, leaf in clip.flatten(ours).items():
         assert np.array_equal(leaf, clip.flatten(theirs)[name]), name
-    convert(Request(src=tmp_path / "v", dst=tmp_path / "v2", to="hf-vision"))
+    lines.clear()
+    convert(Request(src=tmp_path / "v", dst=tmp_path / "v2", to="hf-vision"), lines.append)
+    assert not [line for line in lines if line.startswith("left")]
     assert (tmp_path / "v2" / "config.json").read_text() == (tmp_path / "v" / "config.json").read_text()
 
 

@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,47 @@ def test_leaves_that_do_not_fit_are_listed_and_nothing_is_written(tmp_path, to):
     ):
         assert words in str(refusal.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["openclip", "hf-vision"])
+@pytest.mark.parametrize("name", ["logit_bias", "logit_scale", "visoin/cls", "text/other"])
+def test_a_leaf_that_nobody_knows_is_refused(tmp_path, to, name):
+    more = [*leaf_by_leaf(params(TINY)), (name, np.float32(1))]
+    known = to == "hf-vision" and name in ("logit_scale", "text/other")  # of what the format does not have
+    if known:
+        outputs.write(to, iter(more), TINY, tmp_path / "o", tokenizer=None)
+        return
+    with pytest.raises(DataError, match=f"1 unexpected: {name}"):
+        outputs.write(to, iter(more), TINY, tmp_path / "o", tokenizer=None)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_torch
+def test_a_disk_that_is_full_under_torch_is_one_line(tmp_path):
+    p = params(TINY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(DataError, match=r"x\.pt cannot be written: PyTorch .* the disk may be full") as e:
+            outputs.write("unimed", p, TINY, tmp_path / "x.pt", tokenizer=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in e.value.line()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["unimed", "openclip"])
+def test_every_file_is_on_the_disk_before_it_appears(tmp_path, monkeypatch, to):
+    real, synced = os.fsync, set()
+
+    def fsync(handle):
+        synced.add(os.fstat(handle).st_ino)
+        assert not (tmp_path / to).exists()
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for file in outputs.write(to, params(TINY), TINY, tmp_path / to, tokenizer=None):
+        assert file.stat().st_ino in synced, file.name
 
 
 def test_a_disk_without_room_is_known_before_any_tensor_is_made(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 
-from unimed_jax.convert import tensor_writer
+from unimed_jax.convert import mapped, tensor_writer
 from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
 from unimed_jax.evaluate import report
@@ -154,6 +154,30 @@ def test_a_disk_that_fails_while_tensors_are_written_is_noticed(tmp_path, monkey
     assert failed
     digest = tensor_writer.write_safetensors(tmp_path / "x.safetensors", shapes, arrays.items(), hashed=True)
     assert digest == files.file_sha256(tmp_path / "x.safetensors")
+
+
+def test_a_slow_disk_does_not_keep_what_was_written_in_memory(tmp_path, monkeypatch):
+    """The pages that were read back are let go after every piece, also while the disk is still at an older one."""
+    monkeypatch.setattr(tensor_writer, "_FLUSHED", 1)
+    real, go, released = os.fsync, threading.Event(), []
+
+    def fsync(handle):
+        if threading.current_thread().name == "flush":
+            go.wait(60)
+        real(handle)
+
+    def release(_):
+        released.append(1)
+        if len(released) == len(arrays):
+            go.set()
+
+    monkeypatch.setattr(tensor_writer.os, "fsync", fsync)
+    monkeypatch.setattr(mapped.Mapped, "release", release)
+    arrays = {f"t{i}": np.full((50, 50), i, np.float32) for i in range(9)}
+    shapes = {k: v.shape for k, v in arrays.items()}
+    threading.Timer(1, go.set).start()  # or it would wait for ever
+    tensor_writer.write_safetensors(tmp_path / "x.safetensors", shapes, arrays.items())
+    assert len(released) == len(arrays)
 
 
 def test_what_is_read_is_never_replaced(tmp_path):

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,27 @@ def test_a_fork_opens_anew():
     os.close(write)
 
 
+def test_threads_of_a_fork_never_wait_for_a_lock_that_was_held_before(monkeypatch):
+    files, source = open_files.OpenFiles(lambda: 9), Source()
+    owner, found = files.owner(source), []
+    holder = threading.Thread(target=files._lock.acquire)  # which the fork leaves behind
+    holder.start()
+    holder.join()
+    files._pid = -1  # as in a child
+    real = threading.RLock
+    monkeypatch.setattr(open_files.threading, "RLock", lambda: (time.sleep(0.2), real())[1])
+    readers = [
+        threading.Thread(target=lambda n=n: found.append(files.get(owner, n, lambda: n)), daemon=True)
+        for n in range(4)
+    ]
+    for t in readers:
+        t.start()
+        time.sleep(0.02)
+    for t in readers:
+        t.join(5)
+    assert sorted(found) == [0, 1, 2, 3]
+
+
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory) -> list[Path]:
     """Two sources of 60 shards each."""
@@ -158,6 +180,14 @@ def test_training_takes_the_files_that_it_may_open():
     )
     assert out.stdout.strip() == "(5000, 5000)"
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def never(*_):
+        raise ValueError("current limit exceeds maximum limit")
+
+    with pytest.MonkeyPatch.context() as patch:  # some systems name a limit and permit less
+        patch.setattr(resource, "getrlimit", lambda _: (300, resource.RLIM_INFINITY))
+        patch.setattr(resource, "setrlimit", never)
+        hygiene.open_file_limit()
     try:
         hygiene.open_file_limit()
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= before[0]

@@ -329,6 +329,8 @@ def _write(
     moments: optimizer.Moments | None = None,
 ) -> None:
     """Writes the target; `origin` is asked for last, since it may still be being computed."""
+    if r.to in outputs.WRITERS and len(done.towers) == 2 and (parts := outputs.stay_out(r.to, m)):
+        tell(f"left    out: {', '.join(parts)}, which the format {r.to} cannot hold")
     if words is None and r.to not in ("hf-vision", "unimed"):
         done.missing.append(f"no tokenizer, so only images can be encoded: {model_folder.NO_TOKENIZER}")
     if r.to == "native":

@@ -344,6 +344,7 @@ def save(
         (beside / CARD).write_text(_card(cfg, tokenizer, about, str(folder)), "utf-8")
         if more:
             more(beside)
+        files.sync_all(beside)
     return folder
 
 

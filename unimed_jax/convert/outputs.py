@@ -6,6 +6,7 @@ there, opened again by `convert.source`, which must see the same architecture, a
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -185,6 +186,7 @@ def write(
         _read_back(writer, beside, m)
         if more:
             more(beside)
+        files.sync_all(beside)
     return [dst] if writer.is_file else sorted(dst.iterdir())
 
 
@@ -257,6 +259,17 @@ def _scalars(to: str, m: config.Model) -> list[str]:
     return ["logit_scale", *["logit_bias"] * m.logit_bias] if len(WRITERS[to].towers) == 2 else []
 
 
+def stay_out(to: str, m: config.Model) -> list[str]:
+    """The parts of a whole model that a format has no place for.
+
+    Example:
+        >>> stay_out("openclip", config.Model()), stay_out("hf-vision", config.Model())
+        ([], ['text', 'logit_scale'])
+    """
+    others = [tower for tower in ("vision", "text") if tower not in WRITERS[to].towers]
+    return [*others, "logit_scale", *["logit_bias"] * m.logit_bias] if others else []
+
+
 def tensors(to: str, params: Weights, m: config.Model) -> Iterator[tuple[str, np.ndarray]]:
     """A model as a format's tensors (float32, C order), one at a time.
 
@@ -274,13 +287,15 @@ def tensors(to: str, params: Weights, m: config.Model) -> Iterator[tuple[str, np
     rows = {k: (Row(k, (k,)), ()) for k in _scalars(to, m)}
     for tower, table in towers.items():
         rows |= {f"{tower}/{row.ours}": (row, shape) for row, shape in mapping.rows_of(table, m)}
+    elsewhere = stay_out(to, m)
     leaves = _whole(to, cast(clip.Params, params), m) if isinstance(params, dict) else params
     faults: mapping.Faults = {kind: [] for kind in ("missing", "unexpected", "mis-shaped", "not finite")}
     for name, leaf in leaves:
         row, shape = rows.pop(name, (None, ()))
         tower, _, path = name.partition("/")
         if row is None:
-            faults["unexpected"] += [name] if tower in towers and not towers[tower].lacks(path) else []
+            out = towers[tower].lacks(path) if tower in towers else tower in elsewhere
+            faults["unexpected"] += [] if out else [name]
         elif tuple(leaf.shape) != shape:
             faults["mis-shaped"].append(f"{name} {list(leaf.shape)} instead of {list(shape)}")
         else:
@@ -328,7 +343,10 @@ def _save_torch(file: Path, params: Weights, m: config.Model, facts: Mapping[str
         # The original looks at state_dict only; heads and context length stand nowhere else.
         "unimed_jax": {"model": config.to_dict(m)},
     }
-    torch.save(body, file)
+    try:
+        torch.save(body, file)
+    except RuntimeError as e:  # what torch's own writer says of a full disk is about its source code
+        raise OSError(errno.EIO, "PyTorch could not write all of it, the disk may be full") from e
     written = open_source(file).state
     for name, tensor in state.items():
         if name not in written or not np.array_equal(_bits(tensor.numpy()), _bits(written[name])):

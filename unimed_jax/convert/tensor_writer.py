@@ -135,13 +135,14 @@ class _Flusher:
             raise self._error
 
     def add(self, size: int) -> bool:
-        """Takes note of so many bytes written; whether they now begin to go to the disk."""
+        """Takes note of so many bytes written; whether they are a piece that goes, or waits to go, to the disk."""
         self._waiting += size
-        begin = self._waiting >= _FLUSHED and self._work.empty()
-        if begin:
+        full = self._waiting >= _FLUSHED
+        if full:
             self._waiting = 0
-            self._work.put(True)
-        return begin
+            if self._work.empty():  # else a slow disk has not begun with the piece before, and takes both
+                self._work.put(True)
+        return full
 
     def _run(self) -> None:
         while self._work.get():

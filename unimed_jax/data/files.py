@@ -214,6 +214,12 @@ def below(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
     return sorted(p for p in named if p.is_file() or not p.exists())
 
 
+def sync_all(path: Path) -> None:
+    """`sync` of a file, or of every file in a folder."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        sync(file)
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()

@@ -55,9 +55,10 @@ class OpenFiles:
         self._reset()
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
         self._open: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
         self._lock = threading.RLock()  # owners may be collected while this thread holds it
+        # Last: until it is set, no other thread of a forked process takes what was there before, a held lock say.
+        self._pid = os.getpid()
 
     def owner(self, of: object) -> int:
         """A name for what files belong to; they are let go when it is collected."""

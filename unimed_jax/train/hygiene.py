@@ -300,7 +300,8 @@ def open_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        with contextlib.suppress(ValueError, OSError):  # a system may keep a lower limit than it names
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def quiet_libraries() -> None:

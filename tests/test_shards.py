@@ -195,6 +195,19 @@ def test_tensorflow_datasets_reads_the_same(exported):
     assert "tensorflow" not in sys.modules
 
 
+@pytest.mark.parametrize("n", [1, 5, 13, 60, 99])
+def test_a_sample_is_spread_over_the_splits_and_lists_no_places(exported, n, monkeypatch):
+    every = [
+        e.key
+        for split in Manifest.read(exported / "demo" / "1.0.0").splits
+        for e in Shards(exported / "demo", split)
+    ]
+    assert [e.key for e in verify.sample(exported, n)] == every[:: max(1, len(every) // n)][:n]
+    monkeypatch.setattr(Shards, "__len__", lambda _: 10**9)  # one of so many would take gigabytes
+    monkeypatch.setattr(Shards, "__getitem__", lambda _, i: i)
+    assert len(verify.sample(exported, n)) == n
+
+
 def test_default_number_of_shards():
     assert [default_shards(n) for n in (1, 511, 512, 2500, 65_536, 1_000_000)] == [1, 1, 2, 8, 8, 123]
 
@@ -336,6 +349,14 @@ def test_an_unknown_schema_version_names_file_and_record(source, tmp_path, monke
     manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 9'))
     with pytest.raises(DataError, match=r"manifest\.json has schema version 9"):
         Shards(tmp_path / "demo", "train")
+
+
+def test_a_manifest_that_cannot_be_read_is_not_called_damaged(copy):
+    manifest = copy / "demo" / "1.0.0" / "manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read \(Is a directory\)"):
+        Manifest.read(manifest.parent)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ class Manifest:
         """Reads the manifest of a finished export.
 
         Raises:
-            DataError: if there is none, it is damaged, or of another schema version.
+            DataError: if there is none, it cannot be read, is damaged, or of another schema version.
         """
         path = Path(folder) / MANIFEST
         try:
@@ -149,7 +149,11 @@ class Manifest:
             raise DataError(
                 f"{folder} has no {MANIFEST}", "unimed-jax data build writes (or finishes) it"
             ) from e
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        except OSError as e:
+            raise DataError(
+                f"{path} cannot be read ({e.strerror})", "permit it, or export the source again"
+            ) from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise DataError(f"{path} is damaged: {type(e).__name__}: {e}", "export the source again") from e
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +48,11 @@ class Job:
 
 
 def jobs_of(found: dict[str, Path]) -> list[Job]:
-    """The shards of all sources, in the order of names and manifests."""
+    """The shards of all sources, in the order of names and manifests.
+
+    Raises:
+        DataError: see `Manifest.read`.
+    """
     return [
         Job(folder, name, split, shard)
         for name, folder in found.items()
@@ -56,7 +62,11 @@ def jobs_of(found: dict[str, Path]) -> list[Job]:
 
 
 def records_of(job: Job) -> Iterator[tuple[int, Example | DataError]]:
-    """The records of a shard in order; a damaged one comes as its error."""
+    """The records of a shard in order; a damaged one comes as its error.
+
+    Raises:
+        DataError: for a shard that cannot be opened, see `shards.open_shard`.
+    """
     reader = shards.open_shard(job.folder, job.shard)
     for row in range(job.shard.count):
         try:
@@ -245,9 +255,10 @@ def sample(root: str | Path, n: int, *, source: str = "", split: str = "") -> li
         for name in Manifest.read(folder).splits
         if split in ("", name)
     ]
-    total = sum(map(len, opened))
+    ends = list(itertools.accumulate(map(len, opened)))
+    total = ends[-1] if ends else 0
     if not total:
         raise DataError(f"no record of source {source or '*'} split {split or '*'} under {root}")
-    places = [(records, i) for records in opened for i in range(len(records))]
-    step = max(1, total // max(1, n))
-    return [records[i] for records, i in places[::step][:n]]
+    chosen = range(0, total, max(1, total // max(1, n)))[:n]
+    places = ((bisect.bisect_right(ends, i), i) for i in chosen)
+    return [opened[k][i - ends[k]] for k, i in places]  # counted from the end, as Python does

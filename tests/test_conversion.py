@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -337,6 +338,20 @@ def test_what_appears_while_a_conversion_runs_stays(native, tmp_path, monkeypatc
     kept = {"out": b"theirs"} if to == "unimed" else {"out/theirs.txt": b"x"}
     assert contents(tmp_path).items() >= kept.items()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_no_card_appears_for_a_file_that_is_not_on_the_disk(native, tmp_path, monkeypatch):
+    real = os.fsync
+
+    def full(handle):
+        if os.fstat(handle).st_size > 100_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"v\.pt cannot be written: No space left"):
+        convert(Request(src=native, dst=tmp_path / "v.pt", to="unimed"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_card_beside_a_file_overwrites_nothing_unasked(native, tmp_path):

@@ -164,7 +164,8 @@ def write(
         hf_text_name: hub name that OpenCLIP takes the text tower's config and tokenizer from; default: the absolute
             path of the folder, which works offline and must be changed when the folder is moved.
         facts: "epoch" (int) and "name" (str) for a unimed file.
-        more: called with the finished folder or file beside its place, before it appears: adds a model card, checks it.
+        more: called with the finished folder or file beside its place, before it appears: adds a model card, checks
+            it; what it writes, it syncs.
 
     Returns:
         The files written.
@@ -184,9 +185,9 @@ def write(
             beside.mkdir()
             _save_folder(writer, beside, dst, params, m, tokenizer, hf_text_name)
         _read_back(writer, beside, m)
+        files.sync_all(beside)
         if more:
             more(beside)
-        files.sync_all(beside)
     return [dst] if writer.is_file else sorted(dst.iterdir())
 
 

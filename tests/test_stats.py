@@ -147,9 +147,12 @@ def test_groups():
     assert {stats.bucket(n) for n in range(300)} == set(stats.bucket_names())
 
 
-def test_large_sets_are_compared_in_pieces(root, monkeypatch):
+def test_large_sets_and_many_pairs_are_compared_in_pieces(root, monkeypatch):
     whole = stats.stats(root, duplicates=True)
     monkeypatch.setattr(stats, "_AT_ONCE", 3)
+    assert stats.stats(root, duplicates=True) == whole
+    monkeypatch.undo()
+    monkeypatch.setattr(phash, "_MOST", 10)  # more pairs than may be listed: here pictures are counted
     assert stats.stats(root, duplicates=True) == whole
 
 

@@ -240,8 +240,16 @@ def _similar(
     owners = np.repeat(np.arange(len(hashes_of)), hashes_of)
     hashes, owners = hashes[asked[owners]], owners[asked[owners]]
     out = np.zeros(len(hashes_of), bool)
-    for start in range(0, len(hashes), _AT_ONCE):
-        at, rows, _ = phash.near(hashes, hashes[start : start + _AT_ONCE], distance)
+    start, step = 0, _AT_ONCE
+    while start < len(hashes):
+        try:
+            at, rows, _ = phash.near(hashes, hashes[start : start + step], distance)
+        except DataError:  # too many pairs to hold: fewer at once, since here only their pictures count
+            if step == 1:
+                raise
+            step = max(1, step // 8)
+            continue
         later = owners[start + rows]
         out[later[owners[at] < later]] = True
+        start += step
     return out

@@ -276,6 +276,26 @@ def test_cells_that_hold_nothing_and_zero(tmp_path):
         assert others[1].patient == "" == others[0].patient * (patient == "subject")
 
 
+def test_times_that_python_does_not_know_cost_their_rows(tmp_path):
+    columns = {"image": [picture(i) for i in range(3)], "caption": ["a film"] * 3}
+    columns["taken"] = pa.array([0, 10**15, None], pa.timestamp("s"))
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    manifest = export(Parquet(raw=tmp_path, label="taken"), tmp_path / "out", max_bad=1)
+    assert (manifest.rejects, manifest.examples("train")) == ({"annotation": 1}, 2)
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read as Parquet"):
+        Parquet(raw=tmp_path, split="taken").items()
+
+
+def test_a_file_that_is_cut_while_it_is_exported(tmp_path):
+    file = tmp_path / "a.parquet"
+    write(file, [row(i) for i in range(6)])
+    source = Parquet(raw=file)
+    rows = source.items()
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read as Parquet"):
+        source.example(rows[0])
+
+
 def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
     for folder in ("a", "b"):
         write(tmp_path / folder / "a.parquet", [row(i) for i in range(3)])

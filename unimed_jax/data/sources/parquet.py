@@ -17,10 +17,7 @@ in a shard.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,19 +26,17 @@ from typing import Any
 from unimed_jax import config
 from unimed_jax.data import files, label_captions, limits
 from unimed_jax.data.record import Caption, Example, hash_patient
+from unimed_jax.data.sources import parquet_rows
 from unimed_jax.data.sources.annotation_files import path_fault
 from unimed_jax.data.validate import Reject
 from unimed_jax.errors import DataError, UsageError, did_you_mean
 
-_ROWS = 16  # read at once
-_BUFFER = 1 << 20  # bytes of a column that are read from the disk at once
 _TEXTS = ("caption", "captions", "text")
 _SPLITS = {"validation": "val", "valid": "val", "dev": "val"}
 _SHARD = re.compile(
     r"(?:^|/)([a-z][a-z0-9_]*)-\d{5}-of-\d{5}"
 )  # as `datasets` names them, whatever the split
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|dev|test)(?=[/_.-])")
-_reading = threading.local()  # the rows that this thread reads: those of a shard lie side by side
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -136,11 +131,12 @@ class Parquet:
 
         Raises:
             Reject: for a row that cannot be read, or a picture that is not in the table.
+            DataError: for a file that has become another since `items`, and is no Parquet.
         """
         raw = Path(self.raw)
         path = raw if raw.is_file() else raw / item.file
         columns = _columns(self, path, item.made)
-        values = _row(path, item, tuple(columns.all))
+        values = parquet_rows.row(path, item.made, item.group, item.index, tuple(columns.all))
         captions = [
             Caption(text=text, kind=kind)
             for kind, names in (("original", columns.caption), ("report", columns.report))
@@ -190,16 +186,15 @@ class Parquet:
         if fault := path_fault(name):
             raise DataError(f"the table {name!a}: {fault}", "rename it")
         try:
-            made = f"{_footer(file)} {said}".strip()
+            made = f"{parquet_rows.footer(file)} {said}".strip()
             columns = _columns(self, file, made)
             wanted = [c for c in (self.key, self.split, self.finding) if c]
             if self.finding and self.modality not in config.MODALITIES:
                 wanted.append(self.modality)
-            table = _open(file)
+            table = parquet_rows.open_file(file)
             number = 0
             for group in range(table.num_row_groups):
-                rows = table.metadata.row_group(group).num_rows
-                cells = _few(table, group, wanted, rows)
+                cells = parquet_rows.values(table, group, wanted)
                 for index, values in enumerate(cells):
                     where = f"{name} row {number}"
                     self._check_finding(values, columns, made, where)
@@ -215,10 +210,8 @@ class Parquet:
                         made=made,
                     )
                     number += 1
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-            raise DataError(
-                f"{file} cannot be read as Parquet ({type(e).__name__})", "download it again"
-            ) from e
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
+            raise parquet_rows.unreadable(file, e) from e
 
     def _key(self, values: Mapping[str, Any], where: str) -> str:
         key = str(values[self.key] if values[self.key] is not None else "").strip()
@@ -258,8 +251,8 @@ def _columns(source: Parquet, file: Path, made: str) -> _Columns:
     Raises:
         DataError: when one is not there, or the picture or the caption is not to be found.
     """
-    schema = _open(file).schema_arrow
-    pictures = [f.name for f in schema if _holds_bytes(f.type)]
+    schema = parquet_rows.open_file(file).schema_arrow
+    pictures = [f.name for f in schema if parquet_rows.holds_bytes(f.type)]
     listed = ", ".join(schema.names)[:300]
     if not source.image and "image" not in pictures and len(pictures) != 1:
         raise DataError(
@@ -277,7 +270,7 @@ def _columns(source: Parquet, file: Path, made: str) -> _Columns:
         _listed(source.report),
         _listed(source.label),
         more,
-        _class_names(schema.metadata or {}),
+        parquet_rows.class_names(schema.metadata or {}),
     )
     for column in (*found.all, *filter(None, (source.key, source.split))):
         if column not in schema.names:
@@ -297,60 +290,9 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(filter(None, (c.strip() for c in text.split(","))))
 
 
-def _holds_bytes(kind: Any) -> bool:
-    import pyarrow.types as t
-
-    if t.is_struct(kind):
-        return any(
-            kind.field(i).name == "bytes" and _holds_bytes(kind.field(i).type) for i in range(kind.num_fields)
-        )
-    return t.is_binary(kind) or t.is_large_binary(kind) or t.is_fixed_size_binary(kind)
-
-
-def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
-    """The names of classes that Hugging Face's `datasets` leaves in a file, by column."""
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        found = {}
-        for column, kind in features.items():
-            inner = kind[0] if isinstance(kind, list) and kind else kind
-            inner = inner.get("feature", inner) if isinstance(inner, dict) else {}
-            names = inner.get("names") if isinstance(inner, dict) else None
-            if isinstance(names, list) and inner.get("_type", "ClassLabel") == "ClassLabel":
-                found[column] = tuple(map(str, names))
-        return found
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}  # nothing that was promised: numbers stay numbers
-
-
 @functools.lru_cache(4)
 def _label_captions(path: str, made: str) -> Mapping[label_captions.Key, label_captions.Label]:
     return label_captions.read(Path(path)).by_key()
-
-
-def _open(file: Path) -> Any:
-    import pyarrow.parquet as pq
-
-    return pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True)
-
-
-def _footer(file: Path) -> str:
-    """A digest of what the end of the file says about all its pieces: where they lie, how large they are."""
-    with file.open("rb") as f:
-        size = f.seek(0, 2)
-        f.seek(max(0, size - 8))
-        length = int.from_bytes(f.read(4), "little")
-        f.seek(max(0, size - 8 - length))
-        return hashlib.sha256(f.read() + size.to_bytes(8, "little")).hexdigest()[:16]
-
-
-def _few(table: Any, group: int, wanted: list[str], rows: int) -> Iterator[dict[str, Any]]:
-    """The values of a few short columns, row by row."""
-    if not wanted:
-        yield from ({} for _ in range(rows))
-        return
-    for batch in table.iter_batches(batch_size=4096, row_groups=[group], columns=wanted, use_threads=False):
-        yield from batch.to_pylist()
 
 
 def _split(value: Any, name: str) -> str:
@@ -365,43 +307,6 @@ def _split(value: Any, name: str) -> str:
         value = found[-1] if found else "train"
     text = str(value).strip().lower()
     return _SPLITS.get(text, text)
-
-
-class _Cursor:
-    """The rows of one row group in order."""
-
-    def __init__(self, file: Path, item: Row, columns: tuple[str, ...]):
-        self.place = (file, item.group, item.made, columns)
-        self.start, self.batch = 0, None
-        self._batches = _open(file).iter_batches(
-            batch_size=_ROWS, row_groups=[item.group], columns=list(columns), use_threads=False
-        )
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        import pyarrow as pa
-
-        try:
-            while self.batch is None or index >= self.start + len(self.batch):
-                self.start += len(self.batch) if self.batch is not None else 0
-                self.batch = next(self._batches)
-        except StopIteration:
-            raise Reject("unreadable", "the row group ends before this row") from None
-        except (pa.ArrowException, OSError) as e:
-            # The rest of the group is lost, and is not read again for every row.
-            self._batches, self.batch = iter(()), None
-            raise Reject("unreadable", f"the row group is damaged ({type(e).__name__})") from None
-        try:
-            return {name: self.batch.column(name)[index - self.start].as_py() for name in self.place[3]}
-        except UnicodeDecodeError:
-            raise Reject("caption_not_utf8", "it has bytes that are not UTF-8") from None
-
-
-def _row(file: Path, item: Row, columns: tuple[str, ...]) -> dict[str, Any]:
-    cursor: _Cursor | None = getattr(_reading, "cursor", None)
-    place = (file, item.group, item.made, columns)
-    if cursor is None or cursor.place != place or item.index < cursor.start:
-        cursor = _reading.cursor = _Cursor(file, item, columns)
-    return cursor[item.index]
 
 
 def _bytes(value: Any) -> bytes:

@@ -463,6 +463,15 @@ def test_sharded_torch_folders_and_lone_files_are_found(clip_like, tmp_path):
     for file in shards:
         assert f"sha256 of {file}: {file_sha256(tmp_path / 'hf' / file)}" in card
     assert "sha256 of the file" not in card  # that of the index would say nothing
+    one = tmp_path / "one"  # of a single file, too
+    shutil.copytree(tmp_path / "hf", one, ignore=shutil.ignore_patterns("*.bin", "*.index.json"))
+    torch.save(state, one / "pytorch_model-1.bin")
+    index["weight_map"] = dict.fromkeys(names, "pytorch_model-1.bin")
+    (one / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    convert(Request(src=one, dst=tmp_path / "back1"))
+    card = (tmp_path / "back1" / "README.md").read_text()
+    assert f"sha256 of pytorch_model-1.bin: {file_sha256(one / 'pytorch_model-1.bin')}" in card
+    assert "sha256 of the file" not in card
 
 
 def test_a_deep_config_is_refused_in_one_line(native, tmp_path):

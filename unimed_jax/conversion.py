@@ -266,7 +266,7 @@ def _moments(found: source.Source) -> optimizer.Moments:
 def _origin(found: source.Source, digest: Callable[[], str] | None) -> card.Origin:
     said = {k: v for k, v in found.facts.items() if isinstance(v, (str, int, float))}
     note = [f"{k}: {v}" for k, v in sorted(said.items())]
-    if len(found.files) > 1:  # an index names them, and its own digest says nothing about them
+    if found.files != (found.weights,):  # an index names them, and its own digest says nothing about them
         note += [f"sha256 of {file.name}: {files.file_sha256(file)}" for file in found.files]
         sha256 = ""
     elif digest is not None and found.path.is_file():  # of a folder, it would be the wrong file's

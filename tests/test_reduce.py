@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from unimed_jax.cli import data as cli
-from unimed_jax.data import images, record, reduce, verify
+from unimed_jax.data import images, record, reduce, stats, verify
 from unimed_jax.data.export import export, write_range
 from unimed_jax.data.shards import Manifest, Shards, find_sources
 from unimed_jax.data.sources.folder import Folder
@@ -181,6 +181,20 @@ def test_a_reduced_picture_is_still_known_by_its_source(source, reduced):
     pairs = {(found.a.ids[p.a], found.b.ids[p.b]) for p in found.pairs if p.kind == "bytes"}
     assert len({b for _, b in pairs}) == 19
     assert all(key.endswith(name[-4:]) for key, name in pairs)
+
+
+def test_check_and_stats_know_a_picture_that_is_stored_in_two_sizes(source, tmp_path):
+    for name, split, max_side in (("small", "train", 64), ("large", "test", 0)):
+        rows = [["file", "caption", "split"], *([r.file, "A picture.", split] for r in source.items()[:3])]
+        with (tmp_path / f"{name}.csv").open("w", newline="") as f:
+            csv.writer(f).writerows(rows)
+        one = Folder(raw=source.raw, captions=tmp_path / f"{name}.csv", name=name)
+        export(one, tmp_path / "out", max_side=max_side, max_bad=0.1)
+    problems = verify.check(tmp_path / "out").problems
+    assert len(problems) == 3
+    assert all("stored in two sizes, is in two splits" in p for p in problems)
+    found = stats.stats(tmp_path / "out", duplicates=True)
+    assert (found["images"], found["duplicates"], found["same_pixels"]) == (6, 3, 0)
 
 
 def test_older_records_have_no_original():

@@ -1,8 +1,8 @@
 """Counts of everything under a folder of records: pictures, patients, captions, their lengths, and what is there twice.
 
 A record counts as a duplicate when an earlier one, in the order of sources, splits and shards, holds the same; so the
-rows add up. Pictures are compared by their bytes, and where that is asked for by what they show: by decoded pixels, and
-by perceptual hash (data/phash.py), which may err.
+rows add up. Pictures are compared by their bytes and those that they were reduced from, and where that is asked for by
+what they show: by decoded pixels, and by perceptual hash (data/phash.py), which may err.
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ def stats(
     results = dict(pool.run(_count, (duplicates,), jobs, workers))
     places, tallies = _merge(jobs, results)
     columns = {name: np.concatenate([getattr(results[j], name) for j in jobs]) for name in _COLUMNS}
+    by_bytes = _again(columns["pictures"]) | _again(columns["originals"])
     of_picture = np.concatenate(places)
     of_caption = np.repeat(of_picture, columns["captions_of"])
     twice = {
-        "duplicates": np.bincount(of_picture[_again(columns["pictures"])], minlength=len(tallies)),
+        "duplicates": np.bincount(of_picture[by_bytes], minlength=len(tallies)),
         "duplicate_captions": np.bincount(of_caption[_again(columns["captions"])], minlength=len(tallies)),
     }
     if duplicates:
         same = _again(columns["pixels"])
-        by_bytes = _again(columns["pictures"])
         near = _similar(columns["hashes"], columns["hashes_of"], ~same, distance)
         twice["same_pixels"] = np.bincount(of_picture[same & ~by_bytes], minlength=len(tallies))
         twice["similar"] = np.bincount(of_picture[near], minlength=len(tallies))
@@ -114,6 +114,7 @@ class _Found:
     tallies: dict[str, _Tally]  # by modality
     modality_of: Int[np.ndarray, "n"]  # of each record: which of them
     pictures: UInt64[np.ndarray, "n"]
+    originals: UInt64[np.ndarray, "n"]
     captions: UInt64[np.ndarray, "m"]
     captions_of: Int[np.ndarray, "n"]  # how many captions a record has
     pixels: UInt64[np.ndarray, "n"]
@@ -121,12 +122,12 @@ class _Found:
     hashes_of: Int[np.ndarray, "n"]
 
 
-_COLUMNS = ("pictures", "captions", "captions_of", "pixels", "hashes", "hashes_of")
+_COLUMNS = ("pictures", "originals", "captions", "captions_of", "pixels", "hashes", "hashes_of")
 
 
 def _count(duplicates: bool, job: Job) -> _Found:
     tallies: dict[str, _Tally] = defaultdict(_Tally)
-    modality_of, pictures, captions, captions_of = [], [], [], []
+    modality_of, pictures, originals, captions, captions_of = [], [], [], [], []
     seen: dict[str, int] = {}
     pixels, hashes, hashes_of = [], [], []
     for row, example in verify.records_of(job):
@@ -143,6 +144,7 @@ def _count(duplicates: bool, job: Job) -> _Found:
         if example.patient:
             tally.patients.add(example.patient)
         pictures.append(verify.number_of(example.sha256))
+        originals.append(verify.number_of(verify.source_sha256(example)))
         captions += [verify.number_of(c.text) for c in example.captions]
         captions_of.append(len(example.captions))
         if duplicates:
@@ -154,7 +156,8 @@ def _count(duplicates: bool, job: Job) -> _Found:
     return _Found(
         dict(tallies),
         np.array(modality_of, i8),
-        *(np.array(pictures, u8), np.array(captions, u8), np.array(captions_of, i8)),
+        *(np.array(pictures, u8), np.array(originals, u8)),
+        *(np.array(captions, u8), np.array(captions_of, i8)),
         *(np.array(pixels, u8), np.array(hashes, u8), np.array(hashes_of, i8)),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt64
 
 from unimed_jax import config
 from unimed_jax.data import files, images, markers, pool, record, shards, validate
@@ -105,18 +106,18 @@ def check(root: str | Path, *, full: bool = True, workers: int = 1) -> CheckRepo
     results = dict(pool.run(work, (), jobs, workers))
     ids = []
     for i, job in enumerate(jobs):  # in the order of the manifest, whichever ended first
-        problems, keys, pictures, patients = results[job]
+        problems, columns = results[job]
+        n = columns.shape[1]
         report.problems += problems
-        ids.append(
-            np.rec.fromarrays([keys, pictures, patients, np.full(len(keys), i), np.arange(len(keys))], _IDS)
-        )
+        ids.append(np.rec.fromarrays([*columns, np.full(n, i), np.arange(n)], _IDS))
     if full and ids:
         report.problems += _duplicates(jobs, np.concatenate(ids))
     return report
 
 
-_IDS = np.dtype([("key", "u8"), ("picture", "u8"), ("patient", "u8"), ("job", "i8"), ("row", "i8")])
-_Found = tuple[list[str], np.ndarray, np.ndarray, np.ndarray]
+_TEXTS = ("key", "picture", "original", "patient")  # of a record, each as `number_of`
+_IDS = np.dtype([(name, "u8") for name in _TEXTS] + [("job", "i8"), ("row", "i8")])
+_Found = tuple[list[str], UInt64[np.ndarray, "4 n"]]  # problems, and the texts of the records
 
 
 def number_of(text: str) -> int:
@@ -124,13 +125,18 @@ def number_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") if text else 0
 
 
+def source_sha256(example: Example) -> str:
+    """Of the picture that a record was made from, also where a smaller one is stored."""
+    return example.original_sha256 or example.sha256
+
+
 def _open_only(job: Job) -> _Found:
-    none = np.zeros(0, np.uint64)
+    none = np.zeros((len(_TEXTS), 0), np.uint64)
     try:
         shards.open_shard(job.folder, job.shard)
-        return [], none, none, none
+        return [], none
     except DataError as e:
-        return [e.cause], none, none, none
+        return [e.cause], none
 
 
 def _check_shard(job: Job) -> _Found:
@@ -146,14 +152,14 @@ def _check_shard(job: Job) -> _Found:
                 fault, example = example.cause, Example(key="", image=b"")
             else:
                 fault = _fault(example, job)
-            ids.append((number_of(example.key), number_of(example.sha256), number_of(example.patient)))
+            texts = (example.key, example.sha256, source_sha256(example), example.patient)
+            ids.append(tuple(map(number_of, texts)))
             bad += bool(fault)
             if fault and bad <= _MANY:
                 problems.append(f"shard {path} record {row} {example.key}: {fault}".replace(" : ", ": "))
         if bad > _MANY:
             problems.append(f"shard {path}: {bad - _MANY} more records with problems")
-    columns = np.array(ids, np.uint64).reshape(-1, 3).T
-    return problems, columns[0], columns[1], columns[2]
+    return problems, np.array(ids, np.uint64).reshape(-1, len(_TEXTS)).T
 
 
 def _fault(example: Example, job: Job) -> str:
@@ -213,9 +219,12 @@ def _duplicates(jobs: list[Job], ids: np.ndarray) -> list[str]:
     for group, scope, across, text in (
         ("key", nothing, np.arange(len(ids)), "the key is there twice"),
         ("picture", nothing, split, "the same picture is in two splits"),
+        ("original", nothing, split, "the same picture, stored in two sizes, is in two splits"),
         ("patient", source, split, "the same patient is in two splits"),
     ):
         pairs = list(_pairs(ids[group], scope, across))
+        if group == "original":  # those of one size are named already
+            pairs = [(a, b) for a, b in pairs if ids["picture"][a] != ids["picture"][b]]
         for a, b in pairs[:_MANY]:
             problems.append(f"{text}: {_name(jobs, ids[a])} and {_name(jobs, ids[b])}")
         if len(pairs) > _MANY:

@@ -198,9 +198,16 @@ def test_other_pictures_under_the_same_name_are_another_export(tmp_path):
     file = tmp_path / "pneumoniamnist.npz"
     arrays = write(file, "pneumoniamnist")
     export(MedMnist(raw=file), tmp_path / "out", shards=2)
-    write(file, "pneumoniamnist", train_images=255 - arrays["train_images"])
+    source = MedMnist(raw=file)
+    before = source.example(source.items()[3]).image
+    other = 255 - arrays["train_images"]
+    file.unlink()
+    write(file, "pneumoniamnist", train_images=other)
     with pytest.raises(DataError, match="finished export of other content"):
-        export(MedMnist(raw=file), tmp_path / "out", shards=2)
+        export(source, tmp_path / "out", shards=2)
+    after = source.example(source.items()[3]).image  # the file that this thread has open is not this one
+    assert after != before
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(after))), other[3])
 
 
 def test_an_encrypted_file_and_a_header_that_is_no_literal(tmp_path):

@@ -87,7 +87,7 @@ class MedMnist:
         """
         raw = Path(self.raw)
         try:
-            pixels = _pictures(raw if raw.is_file() else raw / item.file, item.split)[item.index]
+            pixels = _pictures(raw if raw.is_file() else raw / item.file, item)[item.index]
         except EOFError as e:
             raise Reject("unreadable", str(e)) from e
         out = io.BytesIO()
@@ -165,10 +165,10 @@ def _said(
     return label_captions.texts(found), named
 
 
-def _pictures(file: Path, split: str) -> medmnist.Pictures:
-    key = (str(file), split)
+def _pictures(file: Path, item: Row) -> medmnist.Pictures:
+    key = (str(file), item.split, item.made)
     if getattr(_open, "key", None) != key:
         if hasattr(_open, "pictures"):
             _open.pictures.close()
-        _open.pictures, _open.key = medmnist.Pictures(file, split), key
+        _open.pictures, _open.key = medmnist.Pictures(file, item.split), key
     return _open.pictures

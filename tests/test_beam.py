@@ -120,6 +120,16 @@ def test_a_refusal_stays_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (3, "DataError: broken for now\n"), done.stderr[-2000:]
 
 
+def test_a_runner_that_beam_does_not_have_is_refused_before_anything_is_made(raw, tmp_path):
+    argv = ["data", "build", "folder", "--raw", str(raw), "--captions", str(raw / "table.csv")]
+    argv += ["--out", str(tmp_path / "out"), "--runner", "beam", "--beam-options=--runner=FlinkRuner"]
+    done = run(*argv)
+    said = done.stderr.splitlines()[-1]
+    assert (done.returncode, said.count("FlinkRuner")) == (2, 1), done.stderr[-2000:]
+    assert said.startswith("unimed-jax: Beam has no runner 'FlinkRuner'. Did you mean \"FlinkRunner\"")
+    assert not (tmp_path / "out").exists()
+
+
 def work(root, source, shards=3):
     folder = root / source.name / "1.0.0"
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +179,7 @@ def test_requests_that_make_no_sense(raw, tmp_path):
         (["--runner", "beam", "--workers", "2"], "--workers and --runner beam exclude each other"),
         (["--runner", "beam", "--shard-range", "0:1"], "--shard-range and --runner beam"),
         (["--beam-options=--runner=X"], "--beam-options are for --runner beam"),
+        (["--runner", "beam", '--beam-options=--x "'], "No closing quotation"),
     ):
         with pytest.raises(UsageError, match=cause):
             cli.run([*argv, *more])

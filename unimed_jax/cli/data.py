@@ -151,6 +151,10 @@ def _build(args: argparse.Namespace) -> int:
             raise UsageError(f"{flag} and --runner beam exclude each other", "Beam decides who writes what")
     if args.beam_options and args.runner != "beam":
         raise UsageError("--beam-options are for --runner beam", "give both")
+    try:
+        beam_options = shlex.split(args.beam_options)
+    except ValueError as e:
+        raise UsageError(f"--beam-options {args.beam_options!r}: {e}", "quote them as in a shell") from e
     options: dict[str, Any] = {
         k: v for k in ("raw", "captions", "name") if (v := getattr(args, k, None)) is not None
     }
@@ -175,7 +179,7 @@ def _build(args: argparse.Namespace) -> int:
     if args.runner == "beam":
         from unimed_jax.data import beam
 
-        manifest = beam.export(source, args.out, shlex.split(args.beam_options), **settings)
+        manifest = beam.export(source, args.out, beam_options, **settings)
     else:
         with _Progress() as progress:
             manifest = export.export(source, args.out, workers=args.workers, progress=progress, **settings)

@@ -24,7 +24,7 @@ from unimed_jax.data import writer
 from unimed_jax.data.shards import Manifest, RecordSource
 from unimed_jax.data.text import Tokenizer
 from unimed_jax.data.writer import Job
-from unimed_jax.errors import DataError, Fault, UnimedError, UsageError
+from unimed_jax.errors import DataError, Fault, UnimedError, UsageError, did_you_mean
 
 PIP = 'pip install "unimed-jax[beam]"'
 # Beam's own DirectRunner first looks for a runner to download; this is what it falls back to.
@@ -51,7 +51,7 @@ def export(
         others: tokenizer, max_bad, force, steal.
 
     Raises:
-        UsageError: without Beam, or for options that it does not know.
+        UsageError: without Beam, for a runner that it does not have, or values that its options do not take.
         DataError: as `export.export`.
         Fault: when the pipeline fails.
     """
@@ -64,16 +64,29 @@ def _pipeline_options(options: Sequence[str]) -> Any:
     try:
         from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
             PipelineOptions,
+            StandardOptions,
         )
+        from apache_beam.runners.runner import create_runner  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise UsageError("Apache Beam is not installed", PIP) from e
     named = any(o == "--runner" or o.startswith("--runner=") for o in options)
     try:
-        return PipelineOptions([*options] if named else [_RUNNER, *options])
+        found = PipelineOptions([*options] if named else [_RUNNER, *options])
+        name = found.get_all_options()["runner"]
     except SystemExit:  # argparse has said why
         raise UsageError(
             f"Beam refuses the options {' '.join(options)!r}", "see Beam's pages on its runners"
         ) from None
+    try:
+        create_runner(name)
+    except ImportError as e:
+        raise UsageError(f"Beam's runner {name} cannot be loaded: {e}", "install what it needs") from e
+    except (ValueError, AttributeError) as e:
+        known = StandardOptions.KNOWN_RUNNER_NAMES
+        raise UsageError(
+            f"Beam has no runner {name!r}.{did_you_mean(name, known)}", f"one of {', '.join(known)}"
+        ) from e
+    return found
 
 
 @dataclass(slots=True, frozen=True)
@@ -100,6 +113,10 @@ class _Work:
             attempt = replace(job, attempt=uuid.uuid4().hex[:12])
             writer.write_shard(self.source, attempt, self.tokenizer)
         return name
+
+
+def _both_ends(text: str) -> str:
+    return text if len(text) <= 320 else f"{text[:150]} ... {text[-150:]}"
 
 
 _plans: dict[str, dict[str, Job]] = {}
@@ -140,7 +157,7 @@ def _run(
     except Exception as e:
         said = " ".join(str(e).split())
         raise Fault(
-            f"the Beam pipeline failed: {type(e).__name__}: {said[-300:]}",
+            f"the Beam pipeline failed: {type(e).__name__}: {_both_ends(said)}",
             "run it again: finished shards are kept",
         ) from e
     for job in todo:

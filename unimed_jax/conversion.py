@@ -38,7 +38,7 @@ class Request:
             (`.safetensors`), which `init.vision` and `init.text` of a training take.
         to: one of `TARGETS`.
         model: a named architecture, for a source that does not show everything about its own.
-        tokenizer: of the model, where the source has none, or instead of the source's.
+        tokenizer: of the model, where the source has none, or instead of a folder's; a run's must be the one it names.
         with_optimizer: bring Adam's moments and the step of a training checkpoint, too.
         ema: of a run, the averaged weights (True) or the plain ones (False); None: averaged where they were kept.
         hf_text: name of the text tower on the hub, written into an OpenCLIP folder instead of the folder's own path.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import closed_folder
 import numpy as np
 import pytest
 import sklearn.metrics as sk
@@ -625,6 +626,13 @@ def test_a_folder_that_cannot_be_listed_does_not_stop_the_rest(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "iterdir", denied)
     assert "d cannot be read (Permission denied)" in refusal(tmp_path, TWO)
+
+
+@pytest.mark.parametrize("closed", ["right", "right/deep"])
+def test_a_class_whose_folder_cannot_be_listed_is_never_left_out_in_silence(tmp_path, monkeypatch, closed):
+    pictures(tmp_path / "d", "left/1.png", "right/2.png", "right/deep/3.png")
+    closed_folder.close(tmp_path / "d" / closed, monkeypatch)
+    assert f"{closed} cannot be read (Permission denied)" in refusal(tmp_path, TWO)
 
 
 def test_lists_in_latin_1_are_read_and_said(tmp_path):

@@ -265,8 +265,12 @@ def _names(s: DataSet, roots: Sequence[Path], annotations: Path | None) -> Table
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    """Pictures below a folder, sorted, whatever order the file system has."""
-    for base, folders, names in os.walk(folder):
+    """Pictures below a folder, sorted, whatever order the file system has; OSError where one cannot be listed."""
+
+    def refuse(e: OSError) -> None:
+        raise e
+
+    for base, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and Path(name).suffix.lower() in medical.SUFFIXES:

@@ -552,17 +552,23 @@ def test_other_content_needs_force(tmp_path):
     assert verify.check(tmp_path / "out").ok
 
 
-def test_shards_of_a_program_with_other_fields_are_written_anew(
-    source, exported, tokenizer, tmp_path, monkeypatch
+_FEWER = {name: value for name, value in record._SCALARS.items() if name != "original_sha256"}
+
+
+@pytest.mark.parametrize(
+    ("name", "older"),
+    [("unimed_jax.data.record._SCALARS", _FEWER), ("unimed_jax.data.export._RULES", 0)],
+)
+def test_shards_of_another_version_of_the_program_are_written_anew(
+    source, exported, tokenizer, tmp_path, monkeypatch, name, older
 ):
-    older = {name: value for name, value in record._SCALARS.items() if name != "original_sha256"}
-    monkeypatch.setattr(record, "_SCALARS", older)
+    monkeypatch.setattr(name, older)
     write_range(source, tmp_path / "begun", 0, 3, shards=3, tokenizer=tokenizer)  # and then it was stopped
     export(source, tmp_path / "finished", shards=3, tokenizer=tokenizer)
     monkeypatch.undo()
     export(source, tmp_path / "begun", shards=3, tokenizer=tokenizer)
     assert digests(tmp_path / "begun") == digests(exported)
-    with pytest.raises(DataError, match="or by a version that stored other fields"):
+    with pytest.raises(DataError, match="or by another version's rules"):
         export(source, tmp_path / "finished", shards=3, tokenizer=tokenizer)
     assert len(everything(tmp_path / "finished")) == N  # which stays readable
 

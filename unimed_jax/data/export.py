@@ -27,6 +27,7 @@ from unimed_jax.errors import DataError, UsageError
 
 _SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _LOCK = ".lock"
+_RULES = 1  # to be raised when the same input becomes other captions or pictures than before
 _EARLY_STOP = 1000  # rejects after which a hopeless export is not continued just to list them all
 
 Progress = Callable[[int, int, int], None]
@@ -243,8 +244,8 @@ def _made_from(source: RecordSource, items: Sequence[Any], keys: Sequence[str]) 
 
 
 def _digest(values: Any) -> str:
-    # With the layout: shards of a program that stored other fields are never finished by this one.
-    text = json.dumps([record.layout(), values], ensure_ascii=True)
+    # Shards of a program that stored other fields, or the same by other rules, are never finished by this one.
+    text = json.dumps([record.layout(), _RULES, values], ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -268,7 +269,7 @@ def _unchanged(folder: Path, digest: str) -> Manifest:
     manifest = Manifest.read(folder)
     if manifest.plan != digest:
         raise DataError(
-            f"{folder} holds a finished export of other content, or by a version that stored other fields",
+            f"{folder} holds a finished export of other content, or by another version's rules",
             "--force replaces it",
         )
     return manifest

@@ -270,7 +270,7 @@ def _unchanged(folder: Path, digest: str) -> Manifest:
     if manifest.plan != digest:
         raise DataError(
             f"{folder} holds a finished export of other content, or by another version's rules",
-            "--force replaces it",
+            "give another --out; --force of data build replaces it",
         )
     return manifest
 

@@ -252,6 +252,18 @@ def test_tables_without_pictures_or_captions_are_refused(tmp_path):
         Parquet(raw=tmp_path).items()
 
 
+def test_a_report_in_the_wrong_place_is_not_repeated_whole(tmp_path):
+    report = "The heart is of normal size, the lungs are clear. " * 9 + "Anna Muster, born 1950."
+    write(tmp_path / "a.parquet", [row(i, caption=report) for i in range(3)])
+    with pytest.raises(DataError, match="is no name for a split") as e:
+        export(Parquet(raw=tmp_path, split="caption"), tmp_path / "out")
+    assert len(e.value.line()) < 200
+    with pytest.raises(DataError, match="no item is left"):
+        export(Parquet(raw=tmp_path, modality="caption"), tmp_path / "out", max_bad=1)
+    (rejects,) = (tmp_path / "out").rglob("rejects.jsonl")
+    assert "Muster" not in rejects.read_text()
+
+
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
     cells = [pa.array([picture(0)]), pa.array(["a film"]), pa.array(["another"])]
     pq.write_table(pa.Table.from_arrays(cells, ["image", "caption", "caption"]), tmp_path / "a.parquet")

@@ -183,7 +183,7 @@ def plan(
             )
         if not SPLIT_NAME.fullmatch(item.split):
             raise DataError(
-                f"{place}: {item.split!r} is no name for a split", "lower case letters, digits and _"
+                f"{place}: {item.split[:40]!r} is no name for a split", "lower case letters, digits and _"
             )
         first[key] = place
         run = getattr(item, "run", "") or key

@@ -101,7 +101,7 @@ def finish(example: Example, count: Callable[[str], int] | None = None) -> Examp
     except DataError as e:
         raise Reject("decode_error" if example.image else "empty_file", e.cause) from e
     if example.modality and example.modality not in config.MODALITIES:
-        raise Reject("modality", f"{example.modality!r} is none of {', '.join(config.MODALITIES)}")
+        raise Reject("modality", f"{example.modality[:40]!r} is none of {', '.join(config.MODALITIES)}")
     if not all(label.isprintable() and len(label) <= limits.MAX_LABEL_CHARS for label in example.labels):
         raise Reject(
             "label",

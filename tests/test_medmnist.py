@@ -227,6 +227,15 @@ def test_an_encrypted_file_and_a_header_that_is_no_literal(tmp_path):
         MedMnist(raw=file).items()
 
 
+@pytest.mark.parametrize("name", ["\udcff.npz", "a\nb.npz"])
+def test_names_that_no_key_can_hold(tmp_path, name):
+    write(tmp_path / "a.npz", "breastmnist")
+    (tmp_path / "a.npz").rename(tmp_path / name)
+    with pytest.raises(DataError, match="it is not UTF-8 or has control characters") as e:
+        export(MedMnist(raw=tmp_path, set="breastmnist"), tmp_path / "out")
+    assert e.value.line().isascii()
+
+
 def test_a_file_of_another_name(tmp_path):
     write(tmp_path / "download.npz", "breastmnist")
     found = MedMnist(raw=tmp_path / "download.npz", set="breastmnist").items()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from unimed_jax.data import label_captions, medmnist
 from unimed_jax.data.record import Caption, Example
+from unimed_jax.data.sources.annotation_files import path_fault
 from unimed_jax.data.validate import Reject
 from unimed_jax.errors import DataError
 
@@ -71,7 +72,7 @@ class MedMnist:
         """Every picture of every file and split, once all files were found whole.
 
         Raises:
-            DataError: for a file that is none of the 2D sets or damaged, labels that do not fit the set, or classes
+            DataError: for a file that is none of the 2D sets, damaged or badly named, labels that do not fit the set, or classes
                 without captions in `label_captions`.
         """
         rows: list[Row] = []
@@ -113,6 +114,8 @@ class MedMnist:
         return found
 
     def _rows(self, file: Path) -> Iterator[Row]:
+        if fault := path_fault(file.name):
+            raise DataError(f"the file {file.name!a}: {fault}", "rename it")
         name = self.set or medmnist.name_of(file)
         about = medmnist.known(name, f"{name!r}" if self.set else str(file))
         labelled = None

@@ -72,8 +72,8 @@ class MedMnist:
         """Every picture of every file and split, once all files were found whole.
 
         Raises:
-            DataError: for a file that is none of the 2D sets, damaged or badly named, labels that do not fit the set, or classes
-                without captions in `label_captions`.
+            DataError: for a file that is none of the 2D sets, damaged or badly named, labels that do not fit the set,
+                or classes without captions in `label_captions`.
         """
         rows: list[Row] = []
         for file in self._files():

@@ -12,6 +12,7 @@ import math
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,9 @@ from unimed_jax.errors import DataError
 
 Item = TypeVar("Item")
 _FLUSHED = 2**28  # bytes after which the disk is told to begin
+_AHEAD = (
+    3  # tensors made ahead, and hashed behind: making, writing and hashing take turns at being the slowest
+)
 
 
 def write_safetensors(
@@ -106,12 +110,12 @@ def _put(f: BinaryIO, at: int, data: Any) -> None:
 
 
 def _ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items; the next one is made in a thread while one is being used."""
+    """The same items; the next ones are made in a thread while one is being used."""
     source = iter(items)
     with ThreadPoolExecutor(1, thread_name_prefix="tensors") as pool:
-        following = pool.submit(next, source, None)
-        while (item := following.result()) is not None:
-            following = pool.submit(next, source, None)
+        following = deque(pool.submit(next, source, None) for _ in range(_AHEAD))
+        while (item := following.popleft().result()) is not None:
+            following.append(pool.submit(next, source, None))
             yield item
 
 
@@ -157,7 +161,7 @@ class _Digest:
 
     def __init__(self, *, wanted: bool):
         self._hash, self._end, self._sequential = hashlib.sha256(), 0, wanted
-        self._work: queue.Queue[Any] = queue.Queue(maxsize=2)  # at most so many tensors are held for it
+        self._work: queue.Queue[Any] = queue.Queue(maxsize=_AHEAD)  # at most so many tensors wait for it
         self._thread = threading.Thread(target=self._run, name="sha256", daemon=True)
         self.value = ""
 

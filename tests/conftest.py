@@ -32,6 +32,14 @@ def repo_root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """For trainings that compile the same programs over and over, in several files: one cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_network() -> None:
     """Everything works with the network cable out, in this process and in those that tests start."""

@@ -17,19 +17,14 @@ from unimed_jax.data.text import load_tokenizer
 from unimed_jax.errors import DataError
 from unimed_jax.train import loop, saved_states
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 BATCH, STEPS = 16, 6
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return build_data(tmp_path_factory.mktemp("data") / "root")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        yield
 
 
 def make(root: Path, workers: int = 0) -> config.Train:

@@ -17,15 +17,9 @@ from unimed_jax.data import pipeline, text
 from unimed_jax.errors import Preempted
 from unimed_jax.train import hygiene, loop, plan
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 SOURCES = {"first": 40, "second": 24}  # draws an epoch: four steps of 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_cache(tmp_path_factory):
-    """The runs compile the same program: one cache for them, which test_loop.py shares."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        yield
 
 
 @pytest.fixture(scope="module")

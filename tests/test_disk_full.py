@@ -17,17 +17,12 @@ from unimed_jax.cli.train import load_config
 from unimed_jax.errors import DataError
 from unimed_jax.train import checkpoint, hygiene, loop, saved_states
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return build_data(tmp_path_factory.mktemp("data") / "root", n=60)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        yield
 
 
 @pytest.fixture(scope="module")

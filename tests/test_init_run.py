@@ -17,17 +17,12 @@ from unimed_jax.errors import DataError, UsageError
 from unimed_jax.models import clip
 from unimed_jax.train import assemble, checkpoint, loop, optim, saved_states
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return build_data(tmp_path_factory.mktemp("data") / "root")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla")))
-        yield
 
 
 def make(data: Path, **overrides: str) -> config.Train:

@@ -21,18 +21,12 @@ from unimed_jax.data import text
 from unimed_jax.errors import DataError, Preempted, UsageError
 from unimed_jax.train import checkpoint, hygiene, loop, meter, plan, run_folder, saved_states, writers
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return build_data(tmp_path_factory.mktemp("data") / "root")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_cache(tmp_path_factory):
-    """Runs compile the same programs over and over: one cache for them and for test_disk_full.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        yield
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from unimed_jax.data.phantom import Phantom
 from unimed_jax.errors import DataError, Preempted
 from unimed_jax.train import checkpoint, hygiene, loop
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 def swap(path: Path) -> None:
     """Exchanges the last two entries of a tokenizer.json or lines of a vocab.txt."""
@@ -39,13 +41,6 @@ def make(root: Path, **more: str) -> config.Train:
         "data.root": str(root), "duration.steps": "6", "checkpoint.every.steps": "2", "writers": "('jsonl',)"
     }  # fmt: skip
     return load_config("phantom_tiny", fields | more)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import html
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ import suite_tree
 from unimed_jax import infer
 from unimed_jax.cli import eval as eval_verb
 from unimed_jax.errors import DataError, SomeInputsFailed, UsageError
-from unimed_jax.evaluate import layouts, suite_prompts, suite_run, suites
+from unimed_jax.evaluate import layouts, report, suite_prompts, suite_run, suites
 
 SETS_21 = [s.name for s in suites.load("unimed21").sets if s.average]
 OWN = suite_prompts.load("")
@@ -166,13 +168,120 @@ def test_views_of_the_results_are_written(whole):
     assert "61.63" in text  # the published average stands beside a complete suite
     assert "order unknown" in text
     assert "mean: overall" in (out / "results.csv").read_text()
-    page = (out / "report.html").read_text()
-    mean = found["averages"]["accuracy"]["overall"]["value"]
-    assert f"overall {mean:.3f} (21 sets)" in page
-    assert "UniMed-CLIP B/16, published" in page
     assert not (out / "errors.csv").exists()
     s = found["datasets"]["CT_axial"]["sensitivity"]
     assert s["minimum"] <= s["median"] <= s["maximum"]
+
+
+def tables(page: str) -> dict[str, list[list[str]]]:
+    """The first table below each heading: rows of cells as plain text."""
+    out, below = {}, r"<h[23]>([^<]*)</h[23]>(?:(?!<h[23]>).)*?<table>(.*?)</table>"
+    for head, table in re.findall(below, page, re.S):
+        rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in table.split("<tr")[1:]]
+        strip = lambda cell: " ".join(html.unescape(re.sub("<[^>]*>", " ", cell)).split())
+        out.setdefault(head, [[strip(c) for c in row] for row in rows])
+    return out
+
+
+def test_the_csv_holds_every_figure_of_the_json(whole):
+    out, found = whole
+    with (out / "results.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    before = ["task", "method", "metric", "value", "low", "high", "n", "subjects", "chance"]
+    assert list(rows[0]) == [*before, "prompts_sha256", "model_sha256", "code", "modality"]
+    assert all(r["modality"] for r in rows)
+    by = {(r["task"], r["method"], r["metric"]): r for r in rows}
+    close = lambda key, value: float(by[key]["value"]) == pytest.approx(value, rel=1e-5)
+    for name, s in found["datasets"].items():
+        row = by[name, "model", "accuracy"]
+        assert (row["modality"], int(row["n"])) == (s["modality"], s["n"])
+        for k, v in s["reference"].items():
+            key = (name, "reference protocol", f"reference_{k}_percent")
+            assert by[key]["value"] == "" if v is None else close(key, v)
+            assert by[key]["modality"] == s["modality"]
+        count, metric = s["sensitivity"]["prompts"], s["metric"]
+        for k in ("minimum", "median", "maximum"):
+            assert close((name, f"{count} single prompts", f"{metric}: {k}"), s["sensitivity"][k])
+    for metric, groups in found["averages"].items():
+        for group, m in groups.items():
+            key = (f"mean: {group}", "model", metric)
+            assert close(key, m["value"])
+            assert (by[key]["modality"], int(by[key]["n"])) == (group, m["sets"])
+    published = [r for r in rows if r["method"] == "published: UniMed-CLIP B/16, README of the original"]
+    assert [(r["modality"], r["value"]) for r in published] == [
+        *(("overall", "61.63"), ("X-ray", "68.78"), ("CT", "31.23"), ("Fundus", "68.64")),
+        ("Histopathology", "59.96"),
+        *(("MRI / Ultrasound", "85.54"), ("MRI / Ultrasound", "68.83")),
+    ]
+    assert {r["metric"] for r in published} == {"accuracy_percent"}
+    assert published[-1]["task"] == "mean: MRI / Ultrasound, order unknown"
+    first = [r["method"] for r in rows].index("reference protocol")
+    assert not any(r["task"] in SETS_21 and r["method"] == "model" for r in rows[first:])  # new rows are last
+
+
+def test_the_page_has_tables_of_averages_reference_figures_and_single_prompts(whole):
+    out, found = whole
+    shown = tables((out / "report.html").read_text())
+    head, *rows = shown["Averages"]
+    groups = ["overall", "X-ray", "CT", "MRI", "Ultrasound", "Histopathology", "Fundus"]
+    assert head == ["model", "metric", *groups]
+    assert [r[1] for r in rows[:4]] == [
+        *("accuracy", "balanced accuracy", "AUROC", "accuracy, percent (reference)")
+    ]
+    means = found["averages"]["accuracy"]
+    assert rows[0][2:] == [f"{means[g]['value']:.3f} {means[g]['sets']} sets" for g in groups]
+    percent = found["averages"]["reference_accuracy_percent"]
+    assert rows[3][2] == f"{percent['overall']['value']:.2f} 21 sets"
+    either = "85.54 or 68.83"
+    label = "UniMed-CLIP B/16 published, README of the original"
+    figures = ["61.63", "68.78", "31.23", either, either, "59.96", "68.64"]
+    assert rows[4] == [label, "accuracy, percent", *figures]
+    assert rows[7][2:] == ["62.09", *[""] * 6]  # only the overall average of the large one is published
+    head, *rows = shown["By the original's rules, percent"]
+    assert head[3:] == ["accuracy", "AUROC", "F1", "precision", "recall"]
+    assert [r[0] for r in rows] == SETS_21
+    for row in rows:
+        r = found["datasets"][row[0]]["reference"]
+        assert row[3] == f"{r['accuracy']:.2f}"
+        assert row[5] == (f"{r['f1_score']:.2f}" if "f1_score" in r else "")
+    _, *rows = shown["One prompt a class at a time"]
+    s = found["datasets"]["CT_axial"]
+    figures = [f"{s['sensitivity'][k]:.3f}" for k in ("minimum", "median", "maximum")]
+    count, whole_value = str(s["sensitivity"]["prompts"]), f"{s['metrics']['accuracy']['value']:.3f}"
+    assert ["CT_axial", "accuracy", whole_value, count, *figures] in rows
+    assert not {"Not evaluated", "Parts of sets"} & set(shown)
+
+
+def test_a_part_of_a_suite_says_what_is_missing_and_why(tiny, tree, tmp_path):
+    """With parts of a set, without averages of others, and with what to do about the missing one."""
+    lacking = suite_tree.Tree(tmp_path / "d").root
+    found = collect(tree, ["radimagenet", "breast_us", "PCAM"], places={"PCAM": lacking})
+    found.failed[0]["reason"] += " <b>"
+    done = suite_run.evaluate(tiny, found, resamples=0)
+    done.save(tmp_path / "o")
+    parts = next(s.parts for s in done.sets if s.parts)
+    with (tmp_path / "o" / "results.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    got = {r["task"]: r for r in rows if r["task"].startswith("radimagenet: ")}
+    assert set(parts) == {"US", "MRI", "CT"}
+    assert set(got) == {f"radimagenet: {k}" for k in parts}
+    for k, p in parts.items():
+        assert float(got[f"radimagenet: {k}"]["value"]) == pytest.approx(p["accuracy"], rel=1e-5)
+        assert int(got[f"radimagenet: {k}"]["n"]) == p["n"]
+    assert not any(r["method"].startswith("published") for r in rows)
+    assert "| radimagenet: US |" in (tmp_path / "o" / "results.md").read_text()
+    page = report.render(report.from_run(tmp_path / "o"))
+    shown = tables(page)
+    assert [[r[1], r[2], r[3]] for r in shown["Parts of sets"][1:]] == [
+        [k, str(p["n"]), f"{p['accuracy']:.3f}"] for k, p in parts.items()
+    ]
+    (row,) = shown["Not evaluated"][1:]
+    f = found.failed[0]
+    assert row == ["PCAM", "missing", f["reason"], f["remedy"]]
+    assert "&lt;b&gt;" in page
+    assert "UniMed-CLIP B/16" not in page
+    assert "Published averages are not shown" in page
+    assert "By the original's rules, percent" not in shown
 
 
 def test_each_picture_is_embedded_once_in_batches_of_one_size(tiny, tree, monkeypatch):

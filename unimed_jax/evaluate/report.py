@@ -17,7 +17,7 @@ import numpy as np
 from unimed_jax import __version__
 from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
-from unimed_jax.evaluate import curves, metrics, plots, results, suite_results
+from unimed_jax.evaluate import curves, metrics, plots, results, suite_page
 
 LARGE = 24  # classes; a table of more cannot be read
 MOST = 15  # confusions that are named beside a large matrix
@@ -77,7 +77,7 @@ def from_run(folder: str | Path) -> dict[str, Any]:
         page["title"] = stored["model"]["name"]
         if "datasets" in stored:
             page["title"] = f"{stored['suite']['name']}: {page['title']}"
-            page["sets"] = _sets(stored)
+            page["suite"] = suite_page.collect(stored)
     run = _json(folder / "config.json")
     if isinstance(run, dict) and "batch_size" in run:
         page["settings"] = [(name, _lookup(run, path)) for path, name in _CONFIG]
@@ -239,42 +239,7 @@ def _result_facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"unimed_jax {code['version']}" + (f", {code['revision'][:12]}" if code["revision"] else ""),
         ),
         ("Intervals", f"95 %, {stored['settings']['resamples']} bootstrap resamples by subject"),
-        *_suite_facts(stored),
     ]
-
-
-def _suite_facts(stored: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Averages of a suite, each of one metric, what stands beside them, and what is missing."""
-    out = []
-    for metric, groups in stored.get("averages", {}).items():
-        means = [
-            f"{name} {suite_results.number(metric, m['value'])} ({m['sets']} sets)"
-            for name, m in groups.items()
-        ]
-        if groups[suite_results.OVERALL]["sets"]:
-            out.append((f"Mean {suite_results.words(metric)}", "; ".join(means)))
-    for p in stored.get("published", []) if stored.get("suite", {}).get("complete") else []:
-        figures = "; ".join(f"{name} {value}" for name, value in suite_results.published_lines(p))
-        out.append((f"{p['name']}, published", f"accuracy in percent: {figures}"))
-    failed = [f"{f['set']} ({f['status']})" for f in stored.get("failed", [])]
-    return [*out, *([("Not evaluated", ", ".join(failed))] if failed else [])]
-
-
-def _sets(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each set, in the order of the suite."""
-    out = []
-    for name, s in stored["datasets"].items():
-        reference = s.get("reference", {}).get("accuracy")
-        out.append(
-            {
-                "name": name,
-                **{k: s[k] for k in ("modality", "n", "subjects", "bad")},
-                "metric": words(s["metric"]),
-                "main": s["metrics"][s["metric"]],
-                "reference": "" if reference is None else f"{reference:.2f}",
-            }
-        )
-    return out
 
 
 def _task(

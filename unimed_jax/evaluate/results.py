@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from unimed_jax.data import files
 from unimed_jax.errors import DataError, UsageError
@@ -115,6 +115,7 @@ class TaskResult:
 class Results:
     """One evaluation: which model, on what, with which code, and every task."""
 
+    COLUMNS: ClassVar[tuple[str, ...]] = _COLUMNS  # of results.csv
     model: dict[str, Any]
     data: dict[str, Any]
     code: dict[str, str]
@@ -146,14 +147,19 @@ class Results:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each metric of the model and of each reference, and for each class's recall and AUROC."""
-        out = []
-        for t in self.tasks:
-            for method, m in {"model": t.metrics, **t.references}.items():
-                values = m.values | ({"auroc_delong": m.delong} if m.delong else {})
-                values |= {f"recall: {k}": v for k, v in m.recall.items()}
-                values |= {f"auroc: {k}": v for k, v in m.auroc.items()}
-                out += [self._row(t, method, m, metric, v) for metric, v in values.items()]
-        return out + [row for t in self.findings for row in self._finding_rows(t)]
+        return [row for t in (*self.tasks, *self.findings) for row in self.task_rows(t)]
+
+    def task_rows(self, t: TaskResult | FindingsResult) -> Iterable[dict[str, Any]]:
+        """The rows of one task."""
+        if isinstance(t, FindingsResult):
+            yield from self._finding_rows(t)
+            return
+        for method, m in {"model": t.metrics, **t.references}.items():
+            values = m.values | ({"auroc_delong": m.delong} if m.delong else {})
+            values |= {f"recall: {k}": v for k, v in m.recall.items()}
+            values |= {f"auroc: {k}": v for k, v in m.auroc.items()}
+            for metric, v in values.items():
+                yield self._row(t, method, m, metric, v)
 
     def _finding_rows(self, t: FindingsResult) -> Iterable[dict[str, Any]]:
         for finding, n, metric, v, chance in t.figures():
@@ -223,7 +229,7 @@ class Results:
         texts = {
             "examples.json": json.dumps(examples),
             "predictions.csv": to_csv(predictions, PREDICTED),
-            "results.csv": to_csv(self.rows(), _COLUMNS),
+            "results.csv": to_csv(self.rows(), self.COLUMNS),
             "results.md": self.markdown(),
             "results.json": json.dumps(self.json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         }

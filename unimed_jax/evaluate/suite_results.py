@@ -6,24 +6,33 @@ The files are those of `results`, so that reports and comparisons read them; res
     datasets.<set>.auroc_per_class.<class>.{value, low, high}   one class against the rest, of three or more
     datasets.<set>.reference.<metric>                    percent, as the original computes it (--protocol reference)
     averages.<metric>.{overall, <modality>}              unweighted means over sets, {value, sets}
+
+results.csv has one more column, the modality: that of the set, or the group that a mean is over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from unimed_jax.config import MODALITIES
 from unimed_jax.data import files
 from unimed_jax.errors import DataError
 from unimed_jax.evaluate import results, suites
 from unimed_jax.evaluate.findings_results import FindingsResult
-from unimed_jax.evaluate.metrics import METRICS, Metrics, Value
+from unimed_jax.evaluate.metrics import METRICS, TITLES, Metrics, Value
 from unimed_jax.evaluate.results import Results, TaskResult
 
-OVERALL = "overall"
+OVERALL, OTHER = "overall", "other"
+_REFERENCE = {  # figures of the original as a reader knows them
+    "auc_roc": "AUROC",
+    "f1_score": "F1",
+    "precision_score": "precision",
+    "recall_score": "recall",
+}
+_RANGE = ("minimum", "median", "maximum")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,6 +80,7 @@ class SetResult:
 class SuiteResults(Results):
     """One evaluation of a suite."""
 
+    COLUMNS: ClassVar[tuple[str, ...]] = (*Results.COLUMNS, "modality")
     suite: suites.Suite
     prompt_source: dict[str, str]
     protocol: str
@@ -120,8 +130,8 @@ class SuiteResults(Results):
             value = values[s.data_set.name]
             if s.data_set.average and value is not None:
                 groups[OVERALL].append(value)
-                groups.setdefault(s.data_set.modality or "other", []).append(value)
-        order = [OVERALL, *MODALITIES, "other"]
+                groups.setdefault(s.data_set.modality or OTHER, []).append(value)
+        order = [OVERALL, *MODALITIES, OTHER]
         return {k: _mean(groups[k]) for k in order if k in groups}
 
     def json(self) -> dict[str, Any]:
@@ -143,19 +153,49 @@ class SuiteResults(Results):
         return Results.json(self) | extra
 
     def rows(self) -> list[dict[str, Any]]:
-        """Also one row for each average; its n counts sets."""
-        out = Results.rows(self)
+        """Every figure of the sets, then the averages (their n counts sets), then what else there is.
+
+        That is: the original's figures in percent, single prompts, parts of sets, and published averages beside a
+        complete suite.
+        """
+        at = {id(s.task): s.data_set.modality or OTHER for s in self.sets}
+        out = [
+            row | {"modality": at[id(t)]} for t in (*self.tasks, *self.findings) for row in self.task_rows(t)
+        ]
         for metric, groups in self.averages().items():
             for name, m in groups.items():
                 row = {"task": f"mean: {name}", "method": "model", "metric": metric, "value": m["value"]}
-                out.append(row | {"n": m["sets"], "model_sha256": self.model["sha256"]})
+                out.append(row | {"n": m["sets"], "model_sha256": self.model["sha256"], "modality": name})
+        out += [row for s in self.sets for row in self._more_rows(s)]
+        for p in self.suite.published if self.complete else ():
+            head = {"method": f"published: {p['name']}, {p['source']}", "metric": "accuracy_percent"}
+            for groups, values in published_groups(p):
+                group, unknown = " / ".join(groups), ", order unknown" * (len(values) > 1)
+                row = head | {"task": f"mean: {group}{unknown}", "modality": group}
+                out += [row | {"value": float(v)} for v in values]
         return out
+
+    def _more_rows(self, s: SetResult) -> Iterable[dict[str, Any]]:
+        d, m = s.data_set, s.task.metrics
+        hashes = {"prompts_sha256": s.task.task.digest, "model_sha256": self.model["sha256"]}
+        common = hashes | {"code": self.code["revision"], "modality": d.modality or OTHER}
+        whole = common | {"task": d.name, "n": m.n, "subjects": m.subjects}
+        for name, value in s.reference.items():
+            metric = f"reference_{name}_percent"
+            yield whole | {"method": "reference protocol", "metric": metric, "value": value}
+        for name in _RANGE if s.sensitivity else ():
+            method = f"{s.sensitivity['prompts']} single prompts"
+            metric = f"{s.sensitivity['metric']}: {name}"
+            yield whole | {"method": method, "metric": metric, "value": s.sensitivity[name]}
+        for name, part in s.parts.items():
+            row = {"task": f"{d.name}: {name}", "method": "model", "metric": "accuracy"}
+            yield common | row | {"value": part["accuracy"], "n": part["n"]}
 
     def markdown(self) -> str:
         """The averages and the sets, and then what every evaluation says."""
         lines = [f"# {self.suite.name}", "", *self._mean_lines(), "", *self._set_lines(), ""]
         notes = [f"- {s.data_set.name}: {n}" for s in self.sets for n in s.notes]
-        notes += [f"- {f['set']}: {f['status']}: {f['reason']}" for f in self.failed]
+        notes += [f"- {f['set']}: {f['status']}: {f['reason']}. {f['remedy']}".rstrip() for f in self.failed]
         return "\n".join([*lines, *notes, ""]) + "\n" + Results.markdown(self)
 
     def _mean_lines(self) -> list[str]:
@@ -179,6 +219,10 @@ class SuiteResults(Results):
                 out.append(f"{head} {name} | {'undefined' if value is None else f'{value:.2f}'} |")
             if s.sensitivity:
                 out.append(f"{head} {words(d.metric)}, single prompts | {spread(s.sensitivity)} |")
+            for name, p in s.parts.items():
+                out.append(
+                    f"| {d.name}: {name} | | {p['n']} | accuracy | {number('accuracy', p['accuracy'])} |"
+                )
         return out
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
@@ -202,22 +246,24 @@ def _mean(values: Sequence[float]) -> dict[str, Any]:
     return {"value": sum(values) / len(values) if values else None, "sets": len(values)}
 
 
+def published_groups(p: Mapping[str, Any]) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
+    """A published average as (groups, percent): one of each, or several that the source does not tell apart."""
+    figures = {OVERALL: p["overall"], **p.get("modalities", {})}
+    lost = p.get("unassigned")
+    unknown = [(tuple(lost["modalities"]), tuple(lost["values"]))] if lost else []
+    return [*(((k,), (v,)) for k, v in figures.items()), *unknown]
+
+
 def published_lines(p: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A published average as (group, figure); two columns that cannot be told apart stay together."""
-    out = [(OVERALL, f"{p['overall']:.2f}")]
-    out += [(name, f"{value:.2f}") for name, value in p.get("modalities", {}).items()]
-    lost = p.get("unassigned")
-    if lost:
-        figures = " and ".join(f"{v:.2f}" for v in lost["values"])
-        out.append((" / ".join(lost["modalities"]), f"{figures}, order unknown"))
-    return out
+    shown = lambda values: " and ".join(f"{v:.2f}" for v in values) + ", order unknown" * (len(values) > 1)
+    return [(" / ".join(groups), shown(values)) for groups, values in published_groups(p)]
 
 
 def words(metric: str) -> str:
     """A metric's name for readers."""
-    return {"auroc": "AUROC", "reference_accuracy_percent": "accuracy, percent (reference)"}.get(
-        metric, metric.replace("_", " ")
-    )
+    known = {**TITLES, **_REFERENCE, "reference_accuracy_percent": "accuracy, percent (reference)"}
+    return known.get(metric, metric.replace("_", " "))
 
 
 def number(metric: str, value: float | None) -> str:

@@ -23,7 +23,7 @@ from unimed_jax import infer
 from unimed_jax.cli import embed as verb
 from unimed_jax.data import medical
 from unimed_jax.errors import DataError, SomeInputsFailed, UnimedError, UsageError
-from unimed_jax.evaluate import embed, embedding_table, inputs
+from unimed_jax.evaluate import embed, embedding_table, inputs, layouts
 
 
 @pytest.fixture(scope="module")
@@ -480,3 +480,32 @@ def test_pictures_of_a_suite(model, tmp_path):
     assert all(item.sha256 for i in range(2) for item in found.read(i, hashed=True))
     done = embed.to_parquet(infer.load(model), found, tmp_path / "e.parquet")
     assert done.rows == 2
+    (tmp_path / "data" / "lungs").rename(tmp_path / "elsewhere")
+    found, failed = inputs.suite(tmp_path / "mine.json", "", places={"lungs": tmp_path / "elsewhere"})
+    assert len(found) == 2
+    assert [f["set"] for f in failed] == ["gone"]
+    with pytest.raises(UsageError, match="a path is given for lung,"):
+        inputs.suite(tmp_path / "mine.json", "", places={"lung": tmp_path})
+
+
+def test_a_set_of_a_suite_that_the_disk_does_not_give_leaves_the_others(tmp_path, monkeypatch):
+    for name, kind in ((n, k) for n in ("one", "two") for k in ("good", "bad")):
+        picture(tmp_path / "data" / name / kind / "1.png", 1)
+    sets = [
+        {"name": n, "classes": ["good", "bad"], "layout": {"kind": "folders", "folder": n}}
+        for n in ("one", "two")
+    ]
+    (tmp_path / "mine.json").write_text(json.dumps({"name": "mine", "sets": sets}))
+    real = layouts.read
+
+    def read(s, *args):
+        if s.name == "one":
+            raise PermissionError(13, "Permission denied", "/data/one")
+        return real(s, *args)
+
+    monkeypatch.setattr(layouts, "read", read)
+    found, failed = inputs.suite(tmp_path / "mine.json", tmp_path / "data")
+    assert len(found) == 2
+    assert failed == [
+        {"set": "one", "reason": "one: /data/one cannot be read (Permission denied)", "remedy": ""}
+    ]

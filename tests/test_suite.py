@@ -382,7 +382,9 @@ def test_radimagenet_is_scored_by_modality(tiny, tree):
 def test_the_order_does_not_depend_on_the_file_system(tree, monkeypatch):
     found = collect(tree, ["PCAM", "LC25000_lung"])
     walk = layouts.os.walk
-    monkeypatch.setattr(layouts.os, "walk", lambda p: ((a, b[::-1], c[::-1]) for a, b, c in walk(p)))
+    monkeypatch.setattr(
+        layouts.os, "walk", lambda p, **k: ((a, b[::-1], c[::-1]) for a, b, c in walk(p, **k))
+    )
     again = collect(tree, ["PCAM", "LC25000_lung"])
     assert [r.table.rows for r in again.ready] == [r.table.rows for r in found.ready]
 
@@ -395,6 +397,17 @@ def test_built_in_prompts_have_the_classes_of_their_sets_in_order():
         task, words = suite_prompts.task(s, OWN)
         assert tuple(task.classes) == s.classes
         assert words == f"{s.name} version 1"
+
+
+def test_our_own_prompts_may_be_copied_changed_and_given_back(tmp_path):
+    for s in suites.load("unimed21").sets:
+        own = json.loads((suite_prompts.FOLDER / f"{s.prompts}.json").read_text())
+        first = next(iter(own["classes"]))
+        own["classes"][first].append("a prompt of my own")
+        (tmp_path / "mine.json").write_text(json.dumps(own))
+        task, _ = suite_prompts.task(s, suite_prompts.load(str(tmp_path / "mine.json")))
+        assert tuple(task.classes) == s.classes
+        assert {k: list(v) for k, v in task.classes.items()} == {k: own["classes"][k] for k in s.classes}
 
 
 CONSTANTS = b"""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import random
+import shutil
 import tarfile
+from typing import Any
 
 import closed_folder
 import pytest
@@ -14,7 +17,8 @@ from test_cli_data import outcome
 from unimed_tree import BUILDERS, jpeg, write_csv, write_tars
 
 from unimed_jax import config
-from unimed_jax.data import markers, verify
+from unimed_jax.data import markers, pipeline, text, verify
+from unimed_jax.data.blocks import caption_id
 from unimed_jax.data.export import export
 from unimed_jax.data.record import hash_patient
 from unimed_jax.data.shards import Manifest, Shards
@@ -72,6 +76,83 @@ def test_a_raw_tree_becomes_the_records_that_it_says(tree, tmp_path):
     assert len(found) + len(left) == len(source.items())  # written + rejected = seen
     assert verify.check(tmp_path / "out").ok
     assert not list(tmp_path.rglob("executed"))
+
+
+@pytest.mark.parametrize("tree", BUILDERS, indirect=True)
+def test_the_command_writes_what_tfds_and_a_training_read(tree, tmp_path, capsys):
+    import tensorflow_datasets as tfds
+
+    root = tmp_path / "out"
+    text.train_wordpiece(
+        [t for w in tree.expected.values() for t, _ in w["captions"]], 256, tmp_path / "words"
+    )
+    places = (
+        "--raw",
+        str(tree.raw),
+        "--captions",
+        str(tree.captions),
+        "--tokenizer",
+        str(tmp_path / "words"),
+    )
+    code, out, err = outcome(capsys, "build", tree.name, *places, "--max-bad", "0.9", "--out", str(root))
+    assert code == 0, err
+    assert f"train {len(tree.expected)} records; rejected: " in out
+    builder: Any = tfds.builder_from_directory(root / tree.name / "1.0.0")
+    theirs = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+    found = {row["key"].decode(): row for row in theirs}
+    assert found.keys() == tree.expected.keys()
+    for key, want in tree.expected.items():
+        row = found[key]
+        assert row["image"] == want["image"]
+        captions = [
+            (t.decode(), k.decode()) for t, k in zip(*map(row["captions"].get, ("text", "kind")), strict=True)
+        ]
+        assert captions == want["captions"], key
+        if "modality" in want:
+            assert row["modality"].decode() == want["modality"]
+    # A training reads every record once an epoch, with a caption of its own.
+    c = config.Train(batch_size=1, duration=config.Duration(epochs=1))
+    c.model.vision.image_size, c.model.text.context_length = 16, 256
+    c.data = config.Data(root=str(root), sources=(config.Source(name=tree.name),))
+    reader = pipeline.make(c, tokenizer=text.load_tokenizer(root))
+    with contextlib.closing(reader.batches()) as batches:
+        drawn = [next(batches)["caption_id"][0] for _ in range(reader.steps_per_epoch)]
+    left = [{caption_id(t) for t, _ in w["captions"]} for w in tree.expected.values()]
+    assert len(drawn) == len(left)
+    for caption in drawn:
+        left.remove(next(own for own in left if caption in own))
+
+
+def test_tars_are_named_one_by_one_or_by_their_folder(tmp_path, capsys):
+    tree = BUILDERS["openi"](tmp_path / "it's raw")
+    write_tars(tree, tmp_path / "tars")
+    tars = sorted(map(str, (tmp_path / "tars").glob("*.tar")))
+    shutil.copy(tars[0], tmp_path / "tars" / "more.tar")
+    for out, given in (
+        ("folder", [str(tmp_path / "tars")]),
+        ("each", [*tars, str(tmp_path / "tars" / "more.tar")]),
+    ):
+        code, _, err = outcome(capsys, "import-wds", *given, "--name", "openi", "--out", str(tmp_path / out))
+        assert code == 0, err
+    files = sorted(
+        p.relative_to(tmp_path / "folder") for p in (tmp_path / "folder").rglob("*") if p.is_file()
+    )
+    assert len(files) > 4
+    for file in files:
+        assert (tmp_path / "each" / file).read_bytes() == (tmp_path / "folder" / file).read_bytes()
+    shutil.copytree(tmp_path / "tars", tmp_path / "again")
+    code, _, err = outcome(
+        capsys,
+        "import-wds",
+        tars[0],
+        str(tmp_path / "again"),
+        "--name",
+        "openi",
+        "--out",
+        str(tmp_path / "x"),
+    )
+    assert code == 3
+    assert "two tars are called" in err
 
 
 @pytest.mark.parametrize("tree", BUILDERS, indirect=True)

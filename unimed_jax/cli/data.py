@@ -40,7 +40,7 @@ def _parser() -> Parser:
         description="Writes the records of web-dataset tars: pictures with a .txt, or a .json with caption, text or "
         "captions; --name SOURCE reads those of UniMed by their own rules.",
     )
-    tars.add_argument("raw", metavar="TARS", help="a tar, or a folder with tars")
+    tars.add_argument("raw", nargs="+", metavar="TARS", help="tars, or folders with tars")
     tars.add_argument(
         "--name", help="of the source; a name of UniMed's sources, where the tars are that source's"
     )

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, sources: Callable[[str], list[Any]]) -> int:
         DataError: see `evaluate.embedding_tasks`.
         SomeInputsFailed: after everything is written, when too many pictures of a suite's sets failed.
     """
-    from unimed_jax.cli import suite
+    from unimed_jax.cli import job, suite
     from unimed_jax.data import files
     from unimed_jax.evaluate import tasks
 
@@ -120,13 +120,18 @@ def run(args: argparse.Namespace, sources: Callable[[str], list[Any]]) -> int:
             found = embedding_tasks.retrieve(model, splits["test"], seed=args.seed, **options)
         else:
             found = embedding_tasks.probe_task(model, splits, task, **budgets, **options)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(out, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as e:
-        raise DataError(f"{out} cannot be written: {e.strerror or e}", "choose another --out") from e
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def write() -> None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(out, text)
+        except OSError as e:
+            raise DataError(f"{out} cannot be written: {e.strerror or e}", "choose another --out") from e
+
+    job.by_the_first(write)
     if args.json:
-        print(out.read_text("utf-8").rstrip())
+        print(text.rstrip())
     else:
         print(embedding_tasks.table(found))
         print(f"wrote   {out}")

@@ -87,11 +87,11 @@ def run(argv: list[str]) -> int:
         for name, value in defaults.items():
             if getattr(args, name) != value:
                 raise UsageError(f"--{name} belongs to --data", "a suite has --sets and --prompts")
-        if beyond:
-            return embedding_tasks.run(args, lambda _: [])
         from unimed_jax.cli import job, suite
 
         with job.joined() as first:
+            if beyond:
+                return embedding_tasks.run(args, lambda _: [])
             return suite.run(args, first=first)
     given = [f for f in _ONLY_SUITE if getattr(args, f) not in ("", [], False, 0, "own")]
     if given:
@@ -99,11 +99,11 @@ def run(argv: list[str]) -> int:
             f"--{given[0].replace('_', '-')} belongs to --suite", "leave it out, or name a suite"
         )
     names = [s for s in args.sources.split(",") if s]
-    if beyond:
-        return embedding_tasks.run(args, lambda split: _sources(Path(args.data), split, names))
     from unimed_jax.cli import job
 
     with job.joined() as first:
+        if beyond:
+            return embedding_tasks.run(args, lambda split: _sources(Path(args.data), split, names))
         return _records(args, names, first=first)
 
 

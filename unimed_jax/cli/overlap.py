@@ -42,7 +42,9 @@ def add_parser(verbs: Any) -> None:
     )
     add("--suite", default="", metavar="S", help="instead of B: the sets of a suite, in --data-root")
     add("--data-root", default="", metavar="DIR", help="folder of the suite's data sets")
+    add("--set", action="append", default=[], metavar="NAME=PATH", help="a data set's own folder; repeatable")
     add("--sets", default="", metavar="X,Y", help="only these sets of the suite")
+    add("--option", action="append", default=[], metavar="SET:OPTION", help="a variant of a set; repeatable")
     add("--annotations", default="", metavar="DIR", help="lists that the original's repository holds")
     add("--slices", default="middle", help="middle, all or every:N, of files with several frames")
     add(
@@ -74,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--threads and --batch-size must be at least 1")
     if args.b and args.suite:
         raise UsageError("a suite stands in the place of B", "give B or --suite")
-    if bool(args.suite) != bool(args.data_root):
-        raise UsageError("--suite and --data-root belong together", "give both, or B")
+    if bool(args.suite) != bool(args.data_root or args.set):
+        raise UsageError("--suite and --data-root (or --set) belong together", "give both, or B")
     beside = Path(args.out)
     errors = beside.with_name(f"{beside.stem}.errors.csv") if beside.name else None
     outputs = [Path(p) for p in (args.out, errors, args.html) if p]
@@ -133,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> tuple[Inputs, Inputs | None, list[dict[str, str]]]:
+    from unimed_jax.cli import suite
     from unimed_jax.data import medical
     from unimed_jax.evaluate import inputs
 
@@ -140,7 +143,14 @@ def _open(args: argparse.Namespace) -> tuple[Inputs, Inputs | None, list[dict[st
     a = inputs.open_place(args.a, slices=slices)
     if args.suite:
         wanted = [s for s in args.sets.split(",") if s]
-        found, failed = inputs.suite(args.suite, args.data_root, wanted=wanted, annotations=args.annotations)
+        found, failed = inputs.suite(
+            args.suite,
+            args.data_root,
+            wanted=wanted,
+            options=args.option,
+            places=suite.places(args.set),
+            annotations=args.annotations,
+        )
         return a, found, failed
     return a, inputs.open_place(args.b, slices=slices) if args.b else None, []
 

@@ -100,8 +100,8 @@ def collect(args: argparse.Namespace, wanted: list[str]) -> Collected:
 
     if args.allow_bad < 0:
         raise UsageError("--allow-bad must be at least 0")
-    places = _places(args.set)
-    if not args.data_root and not places:
+    own = places(args.set)
+    if not args.data_root and not own:
         raise UsageError("--suite needs the folder of its data sets", "--data-root DIR, or --set NAME=PATH")
     root = Path(args.data_root) if args.data_root else None
     if root and not root.is_dir():
@@ -111,7 +111,7 @@ def collect(args: argparse.Namespace, wanted: list[str]) -> Collected:
         chosen,
         suite_prompts.load(args.prompts),
         data_root=root,
-        places=places,
+        places=own,
         annotations=Path(args.annotations) if args.annotations else None,
     )
 
@@ -159,7 +159,12 @@ def _split(text: str) -> list[str]:
     return [t for t in text.split(",") if t]
 
 
-def _places(texts: list[str]) -> dict[str, Path]:
+def places(texts: list[str]) -> dict[str, Path]:
+    """The folders that `--set NAME=PATH` gives.
+
+    Raises:
+        UsageError: for a text that is none, or a name twice.
+    """
     out: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")

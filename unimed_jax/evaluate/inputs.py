@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,34 +339,48 @@ def open_place(place: str | Path, **options: Any) -> Files | Records:
 
 
 def suite(
-    name: str, data_root: str | Path, *, wanted: Sequence[str] = (), annotations: str | Path = ""
+    name: str,
+    data_root: str | Path,
+    *,
+    wanted: Sequence[str] = (),
+    options: Sequence[str] = (),
+    places: Mapping[str, Path] | None = None,
+    annotations: str | Path = "",
 ) -> tuple[SuiteSets, list[dict[str, str]]]:
     """The pictures of the sets of a suite that are there, and what is wrong with the others.
 
     Args:
         name: of the suite, or its JSON file.
-        data_root: the folder of its sets.
+        data_root: the folder of its sets; "" where all have places.
         wanted: only these sets.
+        options: variants of sets, "SET:OPTION".
+        places: folders of single sets.
         annotations: lists that the original's repository holds.
 
     Returns:
         The inputs, and {set, reason, remedy} of each set that cannot be read.
 
     Raises:
-        UsageError: for an unknown suite or set.
+        UsageError: for an unknown suite, set or option.
         DataError: when no set can be read.
     """
     from unimed_jax.errors import UnimedError
     from unimed_jax.evaluate import suites
 
+    own = places or {}
+    chosen = suites.load(name).choose(wanted, options)
+    if unknown := sorted(own.keys() - {s.name for s in chosen.sets}):
+        raise UsageError(f"a path is given for {unknown[0]}, which is not read", "see --sets")
+    root, lists = Path(data_root) if data_root else None, Path(annotations) if annotations else None
     tables, failed = {}, []
-    for s in suites.load(name).choose(wanted).sets:
+    for s in chosen.sets:
         try:
-            tables[s.name] = layouts.read(
-                s, None, Path(data_root), Path(annotations) if annotations else None
-            )
+            tables[s.name] = layouts.read(s, own.get(s.name), root, lists)
         except UnimedError as e:
             failed.append({"set": s.name, "reason": e.cause, "remedy": e.remedy})
+        except OSError as e:
+            reason = f"{s.name}: {e.filename} cannot be read ({e.strerror or type(e).__name__})"
+            failed.append({"set": s.name, "reason": reason, "remedy": ""})
     if not tables:
         raise DataError(f"none of the {len(failed)} data sets can be read, the first: {failed[0]['reason']}")
     return SuiteSets(f"suite {suites.load(name).name}", tables), failed

@@ -123,6 +123,8 @@ def _file(data: bytes, path: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, RecursionError) as e:
         raise UsageError(f"{path} is no JSON text: {e}") from e
     good = isinstance(raw, dict) and raw
+    if good and isinstance(raw.get("name"), str):  # one of our own files, of a task or of findings
+        raw = {raw["name"]: raw.get("classes", raw.get("findings", {}))}
     for name, classes in raw.items() if good else ():
         good = good and isinstance(classes, dict) and bool(classes)
         for prompts in classes.values() if good and not _paired(classes) else ():

@@ -46,6 +46,7 @@ class Item:
     text: Member | None = None
     fault: str = ""
     split: str = "train"
+    file: Path = field(default=Path(), repr=False)  # where the tar lies: says nothing about the record
 
     @property
     def where(self) -> str:
@@ -58,14 +59,14 @@ class Webdataset:
     """The record source `webdataset`.
 
     Args:
-        raw: a tar, or a folder read with everything below it.
+        raw: tars, and folders read with everything below them; one or several.
         name: of the source; with a name of UniMed's (config.UNIMED_SOURCES) its own marker joins the captions.
         modality: of all pictures, one of config.MODALITIES; empty for unknown, or what is known of a source of UniMed.
         licence: a note on the licence; empty for that of a source of UniMed.
         description: for the data card; empty as well.
     """
 
-    raw: Path = field(repr=False)
+    raw: Path | Sequence[Path] = field(repr=False)
     name: str = "webdataset"
     modality: str = ""
     licence: str = ""
@@ -85,11 +86,11 @@ class Webdataset:
         """Every sample of every tar, tars in the order of their names.
 
         Raises:
-            DataError: without any tar, for one that is compressed or damaged, or a folder that cannot be listed.
+            DataError: without any tar, for one that is compressed or damaged, two of one name, or a folder that cannot
+                be listed.
         """
         found: list[Item] = []
-        for file in self._tars():
-            name = self._name(file)
+        for name, file in sorted(self._tars().items()):
             if fault := path_fault(name):
                 raise DataError(f"the tar {name!a}: {fault}", "rename it")
             found += _index(file, name)
@@ -103,8 +104,7 @@ class Webdataset:
         """
         if item.fault or item.picture is None or item.text is None:
             raise Reject("annotation", item.fault or "the sample is not complete")
-        file = Path(self.raw) if Path(self.raw).is_file() else Path(self.raw) / item.tar
-        with file.open("rb") as f:
+        with item.file.open("rb") as f:
             picture, text = _read(f, item.picture), _read(f, item.text, limits.MAX_RECORD_BYTES)
         captions = _captions(text, item.text.suffix)
         layout = LAYOUTS.get(self.name)
@@ -116,20 +116,25 @@ class Webdataset:
             split=item.split,
         )
 
-    def _tars(self) -> list[Path]:
-        raw = Path(self.raw)
-        if raw.is_file():
-            return [raw]
-        if not raw.is_dir():
-            raise DataError(f"no folder or tar {raw}", "--raw names it")
-        found = files.below(raw, lambda name: ".tar" in Path(name).suffixes)
-        if not found:
-            raise DataError(f"no .tar below {raw}", "--raw names the folder of the tars")
+    def _tars(self) -> dict[str, Path]:
+        """The tars by name: below its folder, or that of the file."""
+        found: dict[str, Path] = {}
+        for raw in [self.raw] if isinstance(self.raw, (str, Path)) else self.raw:
+            for name, file in _below(Path(raw)):
+                if found.setdefault(name, file) != file:
+                    raise DataError(f"two tars are called {name!a}: {found[name]} and {file}", "rename one")
         return found
 
-    def _name(self, file: Path) -> str:
-        raw = Path(self.raw)
-        return file.name if raw.is_file() else file.relative_to(raw).as_posix()
+
+def _below(raw: Path) -> list[tuple[str, Path]]:
+    if raw.is_file():
+        return [(raw.name, raw)]
+    if not raw.is_dir():
+        raise DataError(f"no folder or tar {raw}", "name tars, or folders of tars")
+    found = files.below(raw, lambda name: ".tar" in Path(name).suffixes)
+    if not found:
+        raise DataError(f"no .tar below {raw}", "name tars, or folders of tars")
+    return [(file.relative_to(raw).as_posix(), file) for file in found]
 
 
 def _index(file: Path, name: str) -> Iterator[Item]:
@@ -167,7 +172,7 @@ def _index(file: Path, name: str) -> Iterator[Item]:
             lacks = "picture" if picture is None else "text"
             fault = f"it has no {lacks}, only {', '.join(sorted(parts))[:80]}"
         key = f"{prefix}/{ascii(base) if path_fault(base) else base}"
-        yield Item(key=key, tar=name, picture=picture, text=text, fault=fault)
+        yield Item(key=key, tar=name, picture=picture, text=text, fault=fault, file=file)
 
 
 def _check_end(file: Path, offset: int) -> None:

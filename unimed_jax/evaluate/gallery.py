@@ -26,10 +26,12 @@ figure span{width:224px;min-width:0}
 img{display:block;max-width:100%;background:#000}
 i{display:block;height:120px;background:#8883;padding:.5rem;font-style:normal;box-sizing:border-box}
 figcaption,small{overflow-wrap:anywhere}
-small{display:block;opacity:.75}
+small{display:block;margin-top:.3rem;opacity:.75}
+figcaption:not(:empty){margin-top:.4rem}
 small,figcaption{white-space:pre-line}
 dt{font-weight:600;float:left;clear:left;margin-right:.6rem}
-dd{margin:0 0 .2rem}
+dd{margin:0 0 .2rem;overflow-wrap:anywhere}
+@media(max-width:560px){body{margin:1rem auto}figure{width:100%}figure span{flex:1}}
 """
 
 Picture = tuple[str, str]  # (JPEG as base64, or empty; what is written below it)

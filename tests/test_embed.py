@@ -405,7 +405,7 @@ def test_more_processes_than_inputs(model, study, tmp_path):
         (["x", "--share", "2/2"], UsageError, "I/N"),
         (["x", "--out", "e.csv"], UsageError, "ends in .parquet"),
         (["x", "--threads", "0"], UsageError, "at least 1"),
-        (["x", "--dtype-out", "int8"], UsageError, "invalid choice"),
+        (["x", "--dtype-out", "int8"], UsageError, "no choice 'int8'"),
     ],
 )
 def test_wrong_requests_are_refused(model, tmp_path, monkeypatch, args, error, words):

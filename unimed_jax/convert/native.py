@@ -195,8 +195,8 @@ def _native_part(file: str, path: Path, parts: tuple[str, ...], m: config.Model)
     if not weights.is_file() or not source.is_safetensors(weights):
         return None
     settings = folder_settings(path) if path.is_dir() else {}
-    if settings and not own_files.is_own(settings):
-        return None
+    if settings.get("format", own_files.MODEL) != own_files.MODEL or "model_type" in settings:
+        return None  # a config.json that names no format at all is asked what its model means
     leaves = tensor_file.open_safetensors(weights)
     if leaves.metadata.get("format") == own_files.TOWER:
         params, meta = load_tower(weights)

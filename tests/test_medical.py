@@ -427,6 +427,15 @@ def test_unreadable_files_are_refused(tmp_path, name, content, words):
         medical.read(tmp_path / name)
 
 
+@pytest.mark.parametrize("channels", [2, 5, 12])
+def test_a_picture_with_another_number_of_channels_is_refused_by_what_can_be_read(tmp_path, channels):
+    tifffile = pytest.importorskip("tifffile", reason='pip install "unimed-jax[medical]"')
+    pixels = np.zeros((16, 16, channels), np.uint8)
+    tifffile.imwrite(tmp_path / "bands.tif", pixels, planarconfig="contig", photometric="minisblack")
+    with pytest.raises(DataError, match=r"^bands.tif: is a TIFF of another form. Fix: 1, 3 or 4 channels"):
+        medical.read(tmp_path / "bands.tif")
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         medical.read(tmp_path / "none.dcm")

@@ -18,6 +18,7 @@ KINDS = ("DICOM", "NIfTI", *images.FORMATS)
 SUFFIXES = frozenset(
     [".dcm", ".dicom", ".nii", ".gz", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp"]
 )
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files begin, BigTIFF too
 _BYTES_A_PIXEL = (
     12  # while an ordinary image is decoded and resized, besides the file; measured: up to 12 (32-bit)
 )
@@ -135,8 +136,12 @@ def _image(path: Path, size: int) -> Frame:
             f"{path.name}: too many pixels", f"at most {limits.MAX_IMAGE_PIXELS}{tiled}"
         ) from None
     except DataError:
+        with path.open("rb") as f:
+            is_tiff = f.read(4) in _TIFF
         raise DataError(
-            f"{path.name}: is no picture of a known format", f"known: {', '.join(KINDS)}"
+            *(f"{path.name}: is a TIFF of another form", "1, 3 or 4 channels of at most 16 bits can be read")
+            if is_tiff
+            else (f"{path.name}: is no picture of a known format", f"known: {', '.join(KINDS)}")
         ) from None
     read = lambda: Picture(data=path.read_bytes(), kind="image", where=path.name)
     return Frame(file=path, cost=size + pixels * _BYTES_A_PIXEL, read=read)

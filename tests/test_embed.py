@@ -496,14 +496,14 @@ def test_a_set_of_a_suite_that_the_disk_does_not_give_leaves_the_others(tmp_path
         for n in ("one", "two")
     ]
     (tmp_path / "mine.json").write_text(json.dumps({"name": "mine", "sets": sets}))
-    real = layouts.read
+    real = layouts._READERS["folders"]
 
     def read(s, *args):
         if s.name == "one":
             raise PermissionError(13, "Permission denied", "/data/one")
         return real(s, *args)
 
-    monkeypatch.setattr(layouts, "read", read)
+    monkeypatch.setitem(layouts._READERS, "folders", read)
     found, failed = inputs.suite(tmp_path / "mine.json", tmp_path / "data")
     assert len(found) == 2
     assert failed == [

@@ -29,7 +29,7 @@ from noise import Noise
 from PIL import Image
 
 from unimed_jax import config
-from unimed_jax.data import bench, export, images, shards, text
+from unimed_jax.data import bench, export, images, limits, shards, text
 from unimed_jax.data.bench import LIMIT, Rate
 
 EXPORT, PILLOW = "export", "Pillow loop"
@@ -131,7 +131,7 @@ def show(part: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = limits.cores()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--images", type=int, default=192, help="images a round")
     p.add_argument("--pixels", type=int, default=512, help="side of the generated images")

@@ -28,6 +28,8 @@ from pathlib import Path
 import numpy as np
 from rounds import measure
 
+from unimed_jax.data import limits
+
 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,7 +241,7 @@ def main() -> None:
     args = parse()
     import jax
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = limits.cores()
     facts = {
         "command": "python tools/bench_embed.py " + " ".join(sys.argv[1:]),
         "device": jax.devices()[0].device_kind,

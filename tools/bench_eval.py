@@ -38,6 +38,8 @@ from typing import Any
 from noise import Noise
 from rounds import measure
 
+from unimed_jax.data import limits
+
 CASES = ("tower", "decode", "text")
 Times = dict[str, list[float]]  # seconds of each side
 
@@ -71,10 +73,6 @@ def parse() -> argparse.Namespace:
     p.add_argument("--no-torch", action="store_true", help="this project alone")
     p.add_argument("--json", default="", help="also write the figures to this file")
     return p.parse_args()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
@@ -119,7 +117,7 @@ def torch_peer(m, on_gpu: bool) -> Peer:
 
     device = "cuda" if on_gpu else "cpu"
     if not on_gpu:
-        torch.set_num_threads(cores())
+        torch.set_num_threads(limits.cores())
     v, t = m.vision, m.text
     vision = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
@@ -227,7 +225,7 @@ def pictures(case: str, args: argparse.Namespace, on_gpu: bool) -> dict[str, Any
 
     d = DEFAULTS[case, on_gpu]
     n, batch, px = args.images or d.images, args.batch or d.batch, args.side or d.side
-    threads = args.threads or cores()
+    threads = args.threads or limits.cores()
     if n % batch:
         raise SystemExit(f"--images {n} is no multiple of --batch {batch}")
     m = model("" if case == "decode" else args.model or d.model, args.text)
@@ -323,7 +321,7 @@ def main() -> None:
         "command": "python tools/bench_eval.py " + " ".join(sys.argv[1:]),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "cores": cores(),
+        "cores": limits.cores(),
         "dtype": "bfloat16" if on_gpu else "float32",
         "load average": round(os.getloadavg()[0], 2),
     }

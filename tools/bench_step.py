@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from unimed_jax.data import limits
+
 
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,7 +121,7 @@ def peer(m, batch: dict, args: argparse.Namespace, on_gpu: bool):
 
     device = "cuda" if on_gpu else "cpu"
     if not on_gpu:
-        torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(args.threads or limits.cores())
     v, t = m.vision, m.text
     sdpa: dict[str, Any] = {"attn_implementation": "sdpa"}
     vision = CLIPVisionModelWithProjection(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from unimed_jax.data import limits
 from unimed_jax.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def reader_threads() -> int:
 
     More than 32 wait for Python's lock more than they decode.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 32)
+    return min(limits.cores(), 32)
 
 
 def _dashes(arg: str) -> str:

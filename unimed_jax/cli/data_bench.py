@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from unimed_jax.cli.args import reader_threads
+from unimed_jax.data import limits
 from unimed_jax.errors import UsageError
 
 
@@ -64,13 +64,9 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         rate=args.rate,
     )
-    found = {"root": args.root, "split": args.split, "cores": _cores(), **found}
+    found = {"root": args.root, "split": args.split, "cores": limits.cores(), **found}
     print(json.dumps(found, indent=1) if args.json else _table(found))
     return 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _table(found: dict[str, Any]) -> str:

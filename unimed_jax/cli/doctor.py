@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import time
 from typing import Any
 
 from unimed_jax.cli.args import Parser
+from unimed_jax.data import limits
 
 CORE = [
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "tensorflow-datasets"),
@@ -63,8 +63,7 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Cores and operating system, as this process may use them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"system": f"{platform.system()} {platform.machine()}", "cores": cores}
+    return {"system": f"{platform.system()} {platform.machine()}", "cores": limits.cores()}
 
 
 def devices() -> dict[str, str]:

@@ -7,6 +7,7 @@ of a few kilobytes would otherwise take gigabytes.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,11 @@ MAX_CAPTION_CHARS = 20_000  # characters of one caption; the longest radiology r
 MAX_LABEL_CHARS = 1000  # characters of one label
 MAX_DECODE_SECONDS = 10.0  # processor time to decode one picture at export
 MAX_BAD_SHARE = 0.001  # share of a source that an export may reject
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class TooSlow(Exception):

@@ -378,9 +378,6 @@ def suite(
             tables[s.name] = layouts.read(s, own.get(s.name), root, lists)
         except UnimedError as e:
             failed.append({"set": s.name, "reason": e.cause, "remedy": e.remedy})
-        except OSError as e:
-            reason = f"{s.name}: {e.filename} cannot be read ({e.strerror or type(e).__name__})"
-            failed.append({"set": s.name, "reason": reason, "remedy": ""})
     if not tables:
         raise DataError(f"none of the {len(failed)} data sets can be read, the first: {failed[0]['reason']}")
     return SuiteSets(f"suite {suites.load(name).name}", tables), failed

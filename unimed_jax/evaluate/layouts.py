@@ -85,7 +85,10 @@ def read(s: DataSet, root: Path | None, data_root: Path | None, annotations: Pat
             no picture at all.
     """
     roots = [root] if root else [p for p in (data_root and data_root / s.layout.folder, data_root) if p]
-    return _READERS[s.layout.kind](s, roots, annotations)
+    try:
+        return _READERS[s.layout.kind](s, roots, annotations)
+    except OSError as e:
+        raise DataError(f"{s.name}: {e.filename} cannot be read ({e.strerror or type(e).__name__})") from e
 
 
 def _anchored(s: DataSet, roots: Sequence[Path], names: Sequence[str]) -> Path:

@@ -102,9 +102,6 @@ def collect(
         except UnimedError as e:
             status = "missing" if isinstance(e, layouts.Missing) else "refused"
             out.failed.append({"set": s.name, "status": status, "reason": e.cause, "remedy": e.remedy})
-        except OSError as e:
-            reason = f"{s.name}: {e.filename} cannot be read ({e.strerror or type(e).__name__})"
-            out.failed.append({"set": s.name, "status": "refused", "reason": reason, "remedy": ""})
     return out
 
 

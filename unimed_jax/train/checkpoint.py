@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from unimed_jax.data import files
+from unimed_jax.data import files, limits
 from unimed_jax.errors import DataError
 from unimed_jax.models import clip
 from unimed_jax.train import fingerprint, hygiene, saved_states
@@ -307,7 +307,7 @@ def versions() -> dict[str, str]:
         "devices": str(len(devices)),
         "hosts": str(jax.process_count()),
     }
-    found["cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    found["cores"] = str(limits.cores())
     return found
 
 
